@@ -1,0 +1,38 @@
+"""Fixtures: the package under an import name, the golden figures, the real SentencePiece model where there is one."""
+
+import os
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# The files import each other relatively, as the Hub wants it; whatever the clone's folder is called, tests say
+# `from chatglm_slim.modeling_chatglm import ...`.
+package = types.ModuleType("chatglm_slim")
+package.__path__ = [str(ROOT)]
+sys.modules["chatglm_slim"] = package
+sys.path.insert(0, str(ROOT))  # for the scripts: slim, train_tiny, cli_chat
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Figures computed by the original code; `pins.txt` there names the environment that made them."""
+    return ROOT / "tests" / "golden"
+
+
+@pytest.fixture(scope="session")
+def tiny_sp_model(golden) -> Path:
+    """A 1,444-piece SentencePiece model in the layout of the real one."""
+    return golden / "tiny_sp.model"
+
+
+@pytest.fixture(scope="session")
+def real_sp_model() -> Path:
+    """The real `ice_text.model`, which is not ours to ship: from $ICE_TEXT_MODEL or ../shared/ice_text."""
+    path = Path(os.environ.get("ICE_TEXT_MODEL", ROOT.parent / "shared" / "ice_text" / "ice_text.model"))
+    if not path.is_file():
+        pytest.skip("set ICE_TEXT_MODEL to the real ice_text.model to run this test")
+    return path
