@@ -1,0 +1,112 @@
+"""The ladder: the same tests on every transformers version that this package promises to serve.
+
+One environment a rung, all on top of one torch: a rung's environment sees the packages of the environment that nox
+itself runs in (through a `.pth` file), and holds only what its transformers version needs in another version.
+
+    nox -s ladder            all rungs, two at a time, then the table
+    nox -s rung-4.26.1       one rung
+    nox -s table             the table of the last runs, in Markdown
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import nox
+
+# The oldest version that the original's users were told to have, each version where something important changed,
+# the last 4.x, the first 5.x and the newest.
+RUNGS = ["4.23.1", "4.26.1", "4.36.2", "4.41.2", "4.49.0", "4.57.6", "5.0.0", "5.23.0"]
+AT_ONCE = 2
+REPORTS = Path(".nox") / "reports"
+MARKS = {"passed": "✓", "failed": "✗", "skipped": "–"}
+
+nox.needs_version = ">=2024.4.15"
+nox.options.sessions = ["ladder"]
+nox.options.reuse_existing_virtualenvs = True
+
+
+def prepare(session: nox.Session, version: str) -> None:
+    """Make this rung's environment: the packages below it, and its own transformers on top."""
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    own = session.run("python", "-c", code, silent=True).strip()
+    Path(own, "one_torch.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    # No rung may build anything: a bare machine has no compiler.
+    session.install("--only-binary=:all:", f"transformers=={version}")
+
+
+def register(version: str) -> None:
+    """Define the session that runs the tests on one transformers version."""
+
+    @nox.session(name=f"rung-{version}", venv_backend="venv", venv_params=["--without-pip"])
+    def rung(session: nox.Session) -> None:
+        prepare(session, version)
+        if session.posargs == ["--prepare-only"]:
+            return
+        REPORTS.mkdir(parents=True, exist_ok=True)
+        session.run(
+            *("python", "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"),
+            f"--junitxml={REPORTS / version}.xml",
+            *(session.posargs or ["tests/test_compat.py"]),
+            env={"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "HF_HUB_OFFLINE": "1"},
+        )
+
+
+for _version in RUNGS:
+    register(_version)
+
+
+def outcomes(report: Path) -> dict[str, str]:
+    """Test name -> passed, failed or skipped, from one rung's JUnit report; empty if the rung never got that far."""
+    if not report.is_file():
+        return {}
+    found = {}
+    for case in ElementTree.parse(report).getroot().iter("testcase"):
+        if not case.get("classname", "").endswith("test_compat"):
+            continue
+        tags = {child.tag for child in case}
+        outcome = "failed" if tags & {"failure", "error"} else "skipped" if "skipped" in tags else "passed"
+        found[case.get("name", "")] = outcome
+    return found
+
+
+def markdown(columns: dict[str, dict[str, str]]) -> str:
+    """Feature x version, one row for each test of tests/test_compat.py."""
+    features = sorted({name for column in columns.values() for name in column})
+    lines = ["| feature | " + " | ".join(columns) + " |", "|---|" + ":-:|" * len(columns)]
+    for feature in features:
+        marks = [MARKS.get(column.get(feature, ""), "?") for column in columns.values()]
+        lines.append(f"| {feature.removeprefix('test_').replace('_', ' ')} | " + " | ".join(marks) + " |")
+    return "\n".join(lines)
+
+
+@nox.session(python=False)
+def table(session: nox.Session) -> None:
+    """Print the table of the last runs."""
+    print(markdown({version: outcomes(REPORTS / f"{version}.xml") for version in RUNGS}))
+
+
+@nox.session(python=False)
+def ladder(session: nox.Session) -> None:
+    """Climb all rungs, two at a time, print each one's output when it ends, then the table."""
+
+    def climb(version: str) -> bool:
+        (REPORTS / f"{version}.xml").unlink(missing_ok=True)
+        command = [sys.executable, "-m", "nox", "-s", f"rung-{version}", "--", *session.posargs]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        print(done.stdout, flush=True)
+        return done.returncode == 0
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        good = list(pool.map(climb, RUNGS))
+    if session.posargs != ["--prepare-only"]:
+        table(session)
+    failed = [version for version, fine in zip(RUNGS, good) if not fine]
+    if failed:
+        session.error(f"failed on transformers {', '.join(failed)}")
