@@ -1,0 +1,57 @@
+# make chat   a terminal chat; MODEL=folder-or-hub-id DTYPE=bfloat16 DEVICE=cuda ARGS="--bits 4" as you like
+# make test   format, lint and all tests
+# make ladder the tests of every supported transformers version, and their table
+# make tiny   train the checkpoint in tiny/ again
+# make clean  remove the environment and everything that was built
+#
+# Needs python3 with its venv module, and make. Everything goes into .venv; nothing else on the machine is touched.
+
+PYTHON ?= python3
+VENV ?= .venv
+MODEL ?= tiny
+DTYPE ?=
+DEVICE ?=
+ARGS ?=
+TESTS ?= tests
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+RUNTIME := $(VENV)/.runtime-installed
+DEV := $(VENV)/.dev-installed
+
+.PHONY: chat test lint ladder tiny clean
+.DEFAULT_GOAL := chat
+
+chat: $(RUNTIME)
+	@exec $(BIN)/python cli_chat.py --model "$(MODEL)" $(if $(DTYPE),--dtype $(DTYPE)) $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: $(DEV)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+ladder: $(DEV)
+	$(BIN)/nox -s ladder
+
+tiny: $(RUNTIME)
+	$(BIN)/python train_tiny.py
+
+clean:
+	rm -rf $(VENV) .nox .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes first and by itself: it is by far the largest, and everything else only has to fit it.
+$(RUNTIME): requirements.txt
+	@test -x $(BIN)/pip || { echo "making $(VENV)"; $(PYTHON) -m venv --clear $(VENV); } || \
+		{ echo "python3 cannot make environments: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
+	@echo "installing requirements.txt into $(VENV) (once; torch takes a few minutes)"
+	@$(PIP) "$$(grep '^torch==' requirements.txt)"
+	@$(PIP) -r requirements.txt
+	@touch $@
+
+$(DEV): requirements-dev.txt $(RUNTIME)
+	@echo "installing requirements-dev.txt into $(VENV)"
+	@$(PIP) -r requirements-dev.txt
+	@touch $@
