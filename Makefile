@@ -46,8 +46,8 @@ clean:
 $(RUNTIME): requirements.txt
 	@test -x $(BIN)/pip || { echo "making $(VENV)"; $(PYTHON) -m venv --clear $(VENV); } || \
 		{ echo "python3 cannot make environments: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
-	@echo "installing requirements.txt into $(VENV) (once; torch takes a few minutes)"
-	@$(PIP) "$$(grep '^torch==' requirements.txt)"
+	@echo "installing requirements.txt into $(VENV) (once)"
+	@$(BIN)/python -m pip install --disable-pip-version-check "$$(grep '^torch==' requirements.txt)"
 	@$(PIP) -r requirements.txt
 	@touch $@
 

@@ -1,0 +1,396 @@
+"""What must work on every transformers version of the ladder (noxfile.py); each test is a row of its table.
+
+The checkpoints are the golden ones of the original code, put into folders as a user has them: weights, config with
+`auto_map`, tokenizer files and the package's code. A test that a version cannot run asks for the capability it needs
+and says which one is missing.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+ENTRY_FILES = ("modeling_chatglm.py", "tokenization_chatglm.py")
+TOLERANCE = 2e-5  # float32 logits; the original's own incremental and full passes differ by 1e-5
+
+torch.set_num_threads(1)
+
+
+def package_files() -> set[str]:
+    """The code files that a checkpoint needs: the entry files and what they import relatively."""
+    found, waiting = set(), list(ENTRY_FILES)
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            imports = re.findall(r"^\s*from \.(\w+) import", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE)
+            waiting += [f"{module}.py" for module in imports]
+    return found
+
+
+def make_folder(folder: Path, checkpoint: Path, tokenizer_model: Path, dtype: torch.dtype | None = None) -> Path:
+    """A checkpoint folder that `from_pretrained(folder, trust_remote_code=True)` loads."""
+    folder.mkdir()
+    for name in package_files():
+        shutil.copy(ROOT / name, folder)
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["auto_map"] = json.loads((ROOT / "config.json").read_text())["auto_map"]
+    config["architectures"] = ["ChatGLMForConditionalGeneration"]
+    tensors = load_file(checkpoint / "model.safetensors")
+    if dtype:
+        config["torch_dtype"] = str(dtype).replace("torch.", "")
+        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(tokenizer_model, folder / "ice_text.model")
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def load(folder: Path, auto=AutoModelForCausalLM, **options):
+    return auto.from_pretrained(str(folder), trust_remote_code=True, **options).eval()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, golden, tiny_sp_model) -> Path:
+    """Random weights with golden logits and generations."""
+    return make_folder(tmp_path_factory.mktemp("compat") / "base", golden / "model" / "base2d", tiny_sp_model)
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory, golden, tiny_sp_model) -> Path:
+    """A trained toy with golden conversations."""
+    return make_folder(tmp_path_factory.mktemp("compat") / "talker", golden / "model" / "chat2d", tiny_sp_model)
+
+
+@pytest.fixture(scope="module")
+def base_model(base):
+    return load(base)
+
+
+@pytest.fixture(scope="module")
+def base_tokenizer(base):
+    return AutoTokenizer.from_pretrained(str(base), trust_remote_code=True)
+
+
+@pytest.fixture(scope="module")
+def talker_model(talker):
+    return load(talker, AutoModel)
+
+
+@pytest.fixture(scope="module")
+def cases(golden) -> dict:
+    """Golden cases of both checkpoints by (checkpoint, name), with their stored tensors."""
+    found = {}
+    for checkpoint in ("base2d", "chat2d"):
+        folder = golden / "model" / checkpoint
+        tensors = load_file(folder / "tensors.safetensors") if (folder / "tensors.safetensors").exists() else {}
+        for case in json.loads((folder / "cases.json").read_text(encoding="utf-8"))["cases"]:
+            stored = {name.split(".", 1)[1]: t for name, t in tensors.items() if name.split(".", 1)[0] == case["name"]}
+            found[checkpoint, case["name"]] = {**case, **stored}
+    return found
+
+
+def is_ours(filename: str) -> bool:
+    return "transformers_modules" in filename or Path(filename).parent == ROOT
+
+
+def caused_by_us(skip: tuple[str, ...]) -> bool:
+    """Whether one of the three innermost frames, without those of the `skip` files, belongs to this package."""
+    names = [frame.filename for frame in inspect.stack(0)[2:] if not frame.filename.endswith(skip)]
+    return any(is_ours(name) for name in names[:3])
+
+
+@pytest.fixture(autouse=True)
+def no_deprecated_use_of_transformers():
+    """Fails a test in which this package's code uses something that transformers or torch announces to remove."""
+    ours: list[str] = []
+
+    def show(message, category, filename, lineno, file=None, line=None):
+        outdated = issubclass(category, (DeprecationWarning, FutureWarning))
+        if outdated and (is_ours(filename) or caused_by_us(skip=("warnings.py",))):
+            ours.append(f"{category.__name__}: {message}")
+
+    class Listener(logging.Handler):
+        def emit(self, record):
+            text = record.getMessage()
+            skip = (os.path.join("logging", "__init__.py"), os.path.join("utils", "logging.py"))
+            if re.search(r"deprecat|will be removed", text) and caused_by_us(skip):
+                ours.append(text)
+
+    listener, logger = Listener(), logging.getLogger("transformers")
+    logger.addHandler(listener)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", DeprecationWarning)
+        warnings.simplefilter("always", FutureWarning)
+        warnings.showwarning = show
+        yield
+    logger.removeHandler(listener)
+    assert not ours
+
+
+def generated(model, case: dict, **options) -> list[list[int]]:
+    settings = {name: value for name, value in case["kwargs"].items() if name != "seed"}
+    return model.generate(torch.tensor(case["input_ids"]), **{**settings, **options}).tolist()
+
+
+def layers_of(cache) -> tuple:
+    """Any version's cache as the legacy tuple: (keys, values) [B, H, T, D] for each layer."""
+    if hasattr(cache, "layers"):
+        return tuple((layer.keys, layer.values) for layer in cache.layers)
+    return tuple(zip(cache.key_cache, cache.value_cache))
+
+
+def needs(capability: bool, what: str) -> None:
+    if not capability:
+        pytest.skip(f"transformers {transformers.__version__} has no {what}")
+
+
+def test_tokenizer_loads_and_encodes(base_tokenizer, cases):
+    texts = ["你好", "介绍一下清华大学", "hello world, this is a test"]
+    for i, text in enumerate(texts):
+        assert base_tokenizer(text)["input_ids"] == cases["base2d", f"single{i}"]["input_ids"][0]
+    batch = base_tokenizer(texts, padding=True, return_tensors="pt")
+    assert batch["input_ids"].tolist() == cases["base2d", "batch_leftpad"]["input_ids"]
+    assert batch["attention_mask"].shape == batch["input_ids"].shape
+    assert base_tokenizer.decode(base_tokenizer("x = 1\n\ty")["input_ids"]) == "x = 1\n\ty"
+
+
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM], ids=lambda a: a.__name__)
+def test_auto_class_loads(auto, base):
+    assert type(load(base, auto)).__name__ == "ChatGLMForConditionalGeneration"
+
+
+def test_load_keeps_the_dtype_of_the_checkpoint(tmp_path, golden, tiny_sp_model):
+    folder = make_folder(tmp_path / "half", golden / "model" / "base2d", tiny_sp_model, torch.float16)
+    assert load(folder).dtype == torch.float16
+    assert load(folder, torch_dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert load(folder, torch_dtype=torch.float32).dtype == torch.float32
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_load_through_the_meta_device(low_cpu_mem_usage, base, base_model):
+    model = load(base, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), base_model.state_dict().values()))
+
+
+@pytest.mark.parametrize("name", ["single0", "single1", "mask_mid_prompt", "mask_mid_answer", "full_pair"])
+def test_golden_logits(name, base_model, cases):
+    case = cases["base2d", name]
+    with torch.no_grad():
+        logits = base_model(torch.tensor(case["input_ids"])).logits
+    torch.testing.assert_close(logits, case["logits"], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["greedy0", "greedy1", "greedy2", "mask_mid_greedy", "history_greedy"])
+def test_greedy(name, base_model, cases):
+    assert generated(base_model, cases["base2d", name]) == cases["base2d", name]["output_ids"]
+
+
+@pytest.mark.parametrize("name", ["beam3_0", "beam3_1", "beam3_2", "beam4_ret4"])
+def test_beam_search(name, base_model, cases):
+    assert generated(base_model, cases["base2d", name]) == cases["base2d", name]["output_ids"]
+
+
+def test_sampling_repeats_under_a_seed(base_model, cases):
+    def draw(seed: int) -> list[list[int]]:
+        torch.manual_seed(seed)
+        return generated(base_model, cases["base2d", "sample0"])
+
+    assert draw(42) == draw(42)
+    assert len({str(draw(seed)) for seed in range(5)}) > 1
+
+
+CHAT_CASES = ["single0", "single1", "single2", "single3", "single4", "multi0", "multi1", "rep_penalty", "beam3"]
+
+
+@pytest.mark.parametrize("name", CHAT_CASES)
+def test_chat(name, talker_model, base_tokenizer, cases):
+    case = cases["chat2d", name]
+    response, history = talker_model.chat(base_tokenizer, case["query"], history=case.get("history"), **case["kwargs"])
+    assert response == case["response"]
+    assert [list(turn) for turn in history] == case["new_history"]
+
+
+@pytest.mark.parametrize("name", CHAT_CASES[:7])
+def test_stream_chat(name, talker_model, base_tokenizer, cases):
+    case = cases["chat2d", name]
+    history = case.get("history")
+    parts = list(talker_model.stream_chat(base_tokenizer, case["query"], history=history, **case["kwargs"]))
+    assert len(parts) > 2
+    assert parts[-1][0] == case["response"]
+    assert not any("\ufffd" in response for response, _ in parts)
+
+
+def test_left_padded_batch_equals_single_prompts(base_model, cases):
+    case = cases["base2d", "batch_greedy"]
+    batch = torch.tensor(case["input_ids"])
+    assert generated(base_model, case, attention_mask=(batch != 3).long()) == case["output_ids"]
+
+
+RELOAD = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, ids = sys.argv[1], json.loads(sys.argv[2])
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+out = model.generate(torch.tensor(ids), do_sample=False, max_length=21)
+print(json.dumps([out.tolist(), tokenizer("你好")["input_ids"]]))
+"""
+
+
+def reload_elsewhere(folder: Path, input_ids: list, modules: Path) -> list:
+    """Load a saved folder in a new process, which knows nothing of this one; returns greedy ids and encoded text."""
+    command = [sys.executable, "-c", RELOAD, str(folder), json.dumps(input_ids)]
+    environment = {**os.environ, "HF_MODULES_CACHE": str(modules), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_saved_folder_loads_by_itself_in_a_new_process(tmp_path, base_model, base_tokenizer, cases):
+    needs(hasattr(transformers, "GenerationConfig"), "auto_map in a saved folder")
+    saved = tmp_path / "saved"
+    base_model.save_pretrained(saved)
+    base_tokenizer.save_pretrained(saved)
+    assert package_files() <= {path.name for path in saved.iterdir()}
+    case = cases["base2d", "greedy0"]
+    expected = [case["output_ids"], cases["base2d", "single0"]["input_ids"][0]]
+    assert reload_elsewhere(saved, case["input_ids"], tmp_path / "modules") == expected
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_checkpoint_reloads(bits, tmp_path, base, cases):
+    needs(hasattr(transformers, "GenerationConfig"), "auto_map in a saved folder")
+    model = load(base).quantize(bits)
+    model.save_pretrained(tmp_path / f"int{bits}")
+    again = load(tmp_path / f"int{bits}")
+    assert again.config.quantization_bit == bits
+    assert sum(p.dtype == torch.int8 for p in again.parameters()) == 4 * again.config.num_layers
+    ids = torch.tensor(cases["base2d", "single1"]["input_ids"])
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, model(ids).logits, atol=0, rtol=0)
+    assert generated(again, cases["base2d", "greedy0"]) == generated(model, cases["base2d", "greedy0"])
+
+
+def gradients(model, case: dict) -> tuple[dict, int]:
+    """Gradients of one training step, and how often the first attention ran."""
+    calls: list = []
+    hook = model.transformer.layers[0].attention.dense.register_forward_hook(lambda *_: calls.append(1))
+    model.zero_grad()
+    model(input_ids=torch.tensor(case["input_ids"]), labels=torch.tensor(case["labels"])).loss.backward()
+    hook.remove()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, len(calls)
+
+
+def test_gradient_checkpointing(base, cases):
+    case = cases["base2d", "train_rightpad_grads"]
+    model = load(base).train()
+    plain, calls = gradients(model, case)
+    model.gradient_checkpointing_enable()
+    checkpointed, calls_again = gradients(model, case)
+    assert (calls, calls_again) == (1, 2)
+    assert plain.keys() == checkpointed.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient, atol=1e-6, rtol=1e-5)
+        if name in case["grad_l2"]:
+            assert float(gradient.norm()) == pytest.approx(case["grad_l2"][name], rel=1e-3)
+
+
+def test_legacy_cache_tuple(base_model, cases):
+    case = cases["base2d", "full_pair"]
+    ids, positions = torch.tensor(case["input_ids"]), torch.tensor(case["derived_position_ids"])
+    known = 7
+    with torch.no_grad():
+        past = layers_of(base_model(ids[:, :known], use_cache=True).past_key_values)
+        legacy = tuple((keys.clone(), values.clone()) for keys, values in past)
+        out = base_model(ids[:, known:], past_key_values=legacy, position_ids=positions[:, :, known:], use_cache=True)
+    torch.testing.assert_close(out.logits, case["logits"][:, known:], atol=TOLERANCE, rtol=0)
+
+
+def test_legacy_4d_mask_and_2d_positions(base_model, cases):
+    case = cases["base2d", "batch_leftpad"]
+    ids, mask = torch.tensor(case["input_ids"]), case["attention_mask"].bool()
+    with torch.no_grad():
+        logits = base_model(ids, attention_mask=mask, position_ids=torch.tensor(case["position_ids"])).logits
+    kept = ids != 3
+    torch.testing.assert_close(logits[kept], case["logits"][kept], atol=TOLERANCE, rtol=0)
+
+
+def test_eager_attention_equals_sdpa(base, base_model, cases):
+    needs("attn_implementation" in inspect.getsource(transformers.PreTrainedModel), "attn_implementation")
+    ids = torch.tensor(cases["base2d", "single1"]["input_ids"])
+    with torch.no_grad():
+        eager = load(base, attn_implementation="eager")(ids, output_attentions=True)
+        assert len(eager.attentions) == base_model.config.num_layers
+        torch.testing.assert_close(eager.logits, base_model(ids).logits, atol=TOLERANCE, rtol=0)
+
+
+def needs_static_cache(model) -> None:
+    needs(hasattr(transformers, "StaticCache"), "StaticCache")
+    needs(getattr(model, "_supports_static_cache", True), "StaticCache that a prefix mask can use")
+
+
+def test_static_cache(base_model, cases):
+    needs_static_cache(base_model)
+    for name in ("greedy0", "history_greedy"):
+        case = cases["base2d", name]
+        assert generated(base_model, case, cache_implementation="static") == case["output_ids"]
+
+
+def test_fullgraph_compiled_decoding(base, cases):
+    model = load(base)
+    needs_static_cache(model)
+    model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
+    case = cases["base2d", "greedy0"]
+    assert generated(model, case, cache_implementation="static") == case["output_ids"]
+
+
+def test_assisted_decoding(base_model, talker_model, cases):
+    needs(any("assisted_decoding" in name for name in dir(base_model)), "assisted decoding")
+    case = cases["base2d", "greedy1"]
+    assert generated(base_model, case, assistant_model=talker_model) == case["output_ids"]
+
+
+def test_prompt_lookup_decoding(base_model, cases):
+    options = getattr(transformers, "GenerationConfig", object)()
+    needs(hasattr(options, "prompt_lookup_num_tokens"), "prompt lookup")
+    case = cases["base2d", "greedy2"]
+    assert generated(base_model, case, prompt_lookup_num_tokens=3) == case["output_ids"]
+
+
+def test_text_generation_pipeline(talker_model, base_tokenizer, cases):
+    parameters = inspect.signature(transformers.TextGenerationPipeline.preprocess).parameters
+    needs("add_special_tokens" in parameters, "pipeline that adds special tokens")
+    case = cases["chat2d", "single0"]
+    pipe = transformers.pipeline("text-generation", model=talker_model, tokenizer=base_tokenizer)
+    settings = {"do_sample": False, "max_length": 128, "add_special_tokens": True}
+    assert case["decoded"] in pipe(case["query"], **settings)[0]["generated_text"]
+
+
+def test_chat_template_gives_the_ids_of_chat(base_tokenizer, cases):
+    needs(hasattr(base_tokenizer, "apply_chat_template"), "chat templates")
+    for name in ("single0", "multi0", "multi1"):
+        case = cases["chat2d", name]
+        messages = []
+        for query, response in case["history"] or []:
+            messages += [{"role": "user", "content": query}, {"role": "assistant", "content": response}]
+        messages.append({"role": "user", "content": case["query"]})
+        ids = base_tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+        assert list(ids if isinstance(ids, list) else ids["input_ids"]) == case["input_ids"]
