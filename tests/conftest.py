@@ -1,5 +1,6 @@
 """Fixtures: the package under an import name, the golden figures, the real SentencePiece model where there is one."""
 
+import json
 import os
 import sys
 import types
@@ -36,3 +37,29 @@ def real_sp_model() -> Path:
     if not path.is_file():
         pytest.skip("set ICE_TEXT_MODEL to the real ice_text.model to run this test")
     return path
+
+
+@pytest.fixture(scope="session")
+def golden_model(golden):
+    """`golden_model("base2d")`: the model of a golden folder in float32, its cases by name, its tensors."""
+    from chatglm_slim.configuration_chatglm import ChatGLMConfig
+    from chatglm_slim.modeling_chatglm import ChatGLMForConditionalGeneration
+    from safetensors.torch import load_file
+
+    def load(name: str, **changes):
+        folder = golden / "model" / name
+        config = ChatGLMConfig.from_pretrained(folder)
+        for field, value in changes.items():
+            setattr(config, field, value)
+        model = ChatGLMForConditionalGeneration(config)
+        weights = {k: v for k, v in load_file(folder / "model.safetensors").items() if "inv_freq" not in k}
+        model.load_state_dict(weights, strict=True)
+        cases = json.loads((folder / "cases.json").read_text(encoding="utf-8"))["cases"]
+        tensors = folder / "tensors.safetensors"
+        return (
+            model.eval().float(),
+            {case["name"]: case for case in cases},
+            load_file(tensors) if tensors.exists() else {},
+        )
+
+    return load
