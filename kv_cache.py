@@ -136,8 +136,9 @@ def as_cache(past):
 
 
 def cached_length(cache):
-    """Tokens in the cache: an int, or for static caches of some versions a tensor without dimensions."""
-    return 0 if cache is None else cache.get_seq_length()
+    """Tokens in the cache: an int, but under torch.compile a tensor where a static cache counts them in one."""
+    length = 0 if cache is None else cache.get_seq_length()
+    return length if isinstance(length, int) or is_tracing() else int(length)
 
 
 def fixed_length(cache) -> Optional[int]:
@@ -148,3 +149,27 @@ def fixed_length(cache) -> Optional[int]:
     if length is None and getattr(cache, "layers", None):
         length = getattr(cache.layers[0], "max_cache_len", None)
     return length
+
+
+def is_tracing() -> bool:
+    """Under torch.compile, export or tracing a look at the data would break the graph."""
+    compiler = getattr(torch, "compiler", None)
+    return torch.jit.is_tracing() or bool(compiler and getattr(compiler, "is_compiling", bool)())
+
+
+class Past:
+    """What the blocks put before their new keys and values: a cache, or without one a P-tuning prefix, or nothing."""
+
+    def __init__(self, cache, prefix: Optional[list[tuple[Tensor, Tensor]]], new_tokens: int, device: torch.device):
+        self.cache, self.prefix, self.arguments = cache, prefix, ()
+        if fixed_length(cache) is not None:  # before transformers 5 static caches are told which slots to write to
+            self.arguments = ({"cache_position": torch.arange(new_tokens, device=device) + cached_length(cache)},)
+
+    def extend(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """New keys and values [B, H, S, D] -> those of all tokens, [B, H, K, D]."""
+        if self.cache is not None:
+            return self.cache.update(key, value, layer_idx, *self.arguments)
+        if self.prefix is None:
+            return key, value
+        before, after = self.prefix[layer_idx], (key, value)
+        return tuple(torch.cat((old.to(new), new), dim=2) for old, new in zip(before, after))

@@ -30,7 +30,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from .configuration_chatglm import ChatGLMConfig
-from .kv_cache import as_cache, cached_length, fixed_length
+from .kv_cache import Past, as_cache, cached_length, fixed_length, is_tracing
 from .quantization import Linear, QuantizedEmbedding, QuantizedLinear, quantize_model, tied_head_keys
 
 try:  # 4.25
@@ -166,12 +166,6 @@ def visible_keys(geometry: Optional[Geometry], attention_mask, start, new_tokens
     return (visible | (key == query))[:, None]
 
 
-def is_tracing() -> bool:
-    """Under torch.compile, export or tracing a check of the data would break the graph."""
-    compiler = getattr(torch, "compiler", None)
-    return torch.jit.is_tracing() or bool(compiler and getattr(compiler, "is_compiling", bool)())
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The network
 # ---------------------------------------------------------------------------------------------------------------------
@@ -204,15 +198,12 @@ class SelfAttention(nn.Module):
         self.query_key_value = linear(config, config.hidden_size, 3 * config.hidden_size)
         self.dense = linear(config, config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden, rotary, visible, cache=None, prefix=None, output_attentions=False):
+    def forward(self, hidden: Tensor, rotary, visible: Optional[Tensor], past: Past, output_attentions: bool):
         B, S, _ = hidden.shape
         fused = self.query_key_value(hidden).view(B, S, self.config.num_attention_heads, 3, self.config.head_size)
         query, key = rotate(fused[..., :2, :], *rotary).transpose(1, 2).unbind(-2)  # [B, H, S, D] each
         value = fused[..., 2, :].transpose(1, 2)
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx, *cache_arguments(cache, S, hidden.device))
-        elif prefix is not None:
-            key, value = (torch.cat((old.to(key), new), dim=2) for old, new in zip(prefix, (key, value)))
+        key, value = past.extend(key, value, self.layer_idx)
         if visible is not None and visible.shape[-1] < key.shape[2]:  # a static cache hands out its empty slots too
             visible = F.pad(visible, (0, key.shape[2] - visible.shape[-1]), value=False)
         if output_attentions or getattr(self.config, "_attn_implementation", None) == "eager":
@@ -220,13 +211,6 @@ class SelfAttention(nn.Module):
         else:
             context, weights = F.scaled_dot_product_attention(query, key, value, attn_mask=visible), None
         return self.dense(context.transpose(1, 2).reshape(B, S, -1)), weights
-
-
-def cache_arguments(cache, new_tokens: int, device: torch.device) -> tuple:
-    """What `Cache.update` wants after the layer: static caches before transformers 5 want the slots to write to."""
-    if fixed_length(cache) is None:
-        return ()
-    return ({"cache_position": torch.arange(new_tokens, device=device) + cached_length(cache)},)
 
 
 def eager_attention(query: Tensor, key: Tensor, value: Tensor, visible: Optional[Tensor]) -> tuple[Tensor, Tensor]:
@@ -257,9 +241,9 @@ class GLMBlock(nn.Module):
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, hidden, rotary, visible, cache=None, prefix=None, output_attentions=False):
+    def forward(self, hidden: Tensor, rotary, visible: Optional[Tensor], past: Past, output_attentions: bool):
         normed = self.input_layernorm(hidden)
-        attended, weights = self.attention(normed, rotary, visible, cache, prefix, output_attentions)
+        attended, weights = self.attention(normed, rotary, visible, past, output_attentions)
         normed = self.post_attention_layernorm(normed * self.residual_scale + attended)
         return normed * self.residual_scale + self.mlp(normed), weights
 
@@ -352,7 +336,6 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         for module in self.modules():
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = enable
-                module._gradient_checkpointing_func = gradient_checkpointing_func
 
 
 @functools.cache
@@ -432,10 +415,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         position_ids, visible = self._place(input_ids, hidden, position_ids, attention_mask, cache, seen)
         rows = position_ids.shape[1]
         rotary = rotary_tables(position_ids, self.config.head_size // rows, hidden.dtype)
+        past = Past(cache, prefix, hidden.shape[1], hidden.device)
         hidden_states, attentions = [hidden], []
-        for layer, layer_prefix in zip(self.layers, prefix or [None] * len(self.layers)):
-            arguments = (hidden, rotary, visible, cache, layer_prefix, output_attentions)
-            hidden, weights = self._checkpointed(layer, arguments) if checkpointing else layer(*arguments)
+        for layer in self.layers:
+            arguments = (hidden, rotary, visible, past, output_attentions)
+            # Never reentrant: that form loses the gradient of a P-tuning prefix.
+            step = functools.partial(checkpoint.checkpoint, layer, use_reentrant=False) if checkpointing else layer
+            hidden, weights = step(*arguments)
             hidden_states.append(hidden)
             attentions.append(weights)
         hidden = self.final_layernorm(hidden)
@@ -448,25 +434,19 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         )
         return output if return_dict is not False else output.to_tuple()
 
-    def _checkpointed(self, layer: nn.Module, arguments: tuple):
-        function = getattr(self, "_gradient_checkpointing_func", None)  # 4.35
-        if function is None:
-            return checkpoint.checkpoint(layer, *arguments, use_reentrant=False)
-        return function(layer.__call__, *arguments)
-
     def _start(self, cache, hidden: Tensor):
         """Number of tokens already cached (without the prefix), and the prefix where no cache holds it."""
         cached = cached_length(cache)
         if not self.prefix_length:
             return cached, None
-        if cache is not None and isinstance(cached, int) and cached >= self.prefix_length:
+        if cache is not None and (not isinstance(cached, int) or cached >= self.prefix_length):
             return cached - self.prefix_length, None
         prefix = self.prefix_encoder(hidden.shape[0], hidden.dtype)
         if cache is None:
             return 0, prefix
-        slots = cache_arguments(cache, self.prefix_length, hidden.device)
+        past = Past(cache, None, self.prefix_length, hidden.device)
         for layer_idx, (key, value) in enumerate(prefix):
-            cache.update(key, value, layer_idx, *slots)
+            past.extend(key, value, layer_idx)
         return 0, None
 
     def _place(self, input_ids, hidden, position_ids, attention_mask, cache, seen) -> tuple[Tensor, Optional[Tensor]]:
@@ -658,6 +638,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
                 inputs["logits_to_keep"] = 1  # a bare prompt: only what follows it is asked for
             return {**first, "position_ids": position_ids, **inputs}
         total = input_ids.shape[1] if attention_mask is None else attention_mask.shape[1]
+        if inputs_embeds is not None and total <= seen:  # input_ids holds the new tokens only
+            total += inputs_embeds.shape[1]
         new_tokens = total - seen
         if new_tokens < 1:
             raise ValueError(
