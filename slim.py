@@ -1,0 +1,364 @@
+"""Any ChatGLM-6B checkpoint -> ChatGLM-6B-Slim: `python slim.py SOURCE OUTPUT`.
+
+The first releases keep 20,000 image-token rows in front of the text rows of embedding and head. No text uses them, so
+they go and every id moves by -20,000; all other numbers stay bit for bit. Tensors are streamed from byte range to byte
+range, so memory stays small whatever the size. On request the same pass converts (`--dtype`), quantizes (`--bits`) or
+trims the vocabulary further (`--corpus`, `--keep-languages`).
+
+Order of a run: read and judge the source, plan every output tensor, judge the disk, write shards into
+`OUTPUT-slim-partial` (a killed run resumes there), add the other files, check, rename to OUTPUT, push.
+The parts are in `slimming/`; `slim()` is the same run for a program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from slimming import checkpoint_io as io
+from slimming.checkpoint_io import EXIT_MEANINGS, Exit, Refusal
+from slimming.folder import id_table, write_folder
+from slimming.plan import VOCAB_FILE, Job, Options, Plan, first_line, judge_chunk, make_plan, read_source
+
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.model", "MODEL_LICENSE"]
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+SMALL_FILES = 16 * 10**6  # room for everything but the shards
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def slim(source: str, output: str | Path, options: Options | None = None, revision: str | None = None) -> Plan:
+    """Makes OUTPUT from SOURCE, a local folder or a Hub id; returns the plan that was carried out.
+
+    Raises:
+        Refusal: with the exit code and the line that the command would end with. Nothing is written then, but for
+            `WRITE_FAILED`, after which the same call goes on where it stopped.
+
+    Example:
+        >>> from slim import Options, slim
+        >>> slim("chatglm-6b", "chatglm-6b-slim", Options(check=True)).vocabulary.rows  # doctest: +SKIP
+        130528
+    """
+    options, output = options or Options(), Path(output)
+    folder = open_source(source, revision)
+    judge_output(folder, output, options)
+    plan = make_plan(read_source(folder, source, options), options)
+    print(describe(plan))
+    if options.dry_run:
+        return plan
+    partial = output.with_name(f"{output.name}-slim-partial")
+    judge_disk(plan, partial)
+    restore_interrupted(output)
+    with locked(partial):
+        write_partial(plan, partial, options)
+        if options.check:
+            from slimming.check import check
+
+            if not check(plan, partial, options):
+                raise Refusal(
+                    Exit.CHECK_FAILED, f"the check failed; {partial} is left for inspection, OUTPUT not made"
+                )
+    move_into_place(partial, output)
+    print(f"{output} is complete: {plan.nbytes:,} bytes of weights in {len(plan.shards)} file(s)")
+    return plan
+
+
+# ---------------------------------------------------------------------------------------------- before the writing
+
+
+def open_source(source: str, revision: str | None = None) -> Path:
+    """The local folder of SOURCE, downloaded first if it is a Hub id."""
+    if Path(source).is_dir():
+        return Path(source)
+    if not HUB_ID.fullmatch(source) or Path(source).exists():
+        raise Refusal(Exit.NOT_A_CHECKPOINT, f"{source} is neither a folder nor a Hub id: give one of the two")
+    import huggingface_hub as hub
+
+    try:
+        names = hub.HfApi().list_repo_files(source, revision=revision)
+        twins = ["*.bin", "*.bin.index.json"] if any(name.endswith(".safetensors") for name in names) else None
+        path = hub.snapshot_download(source, revision=revision, allow_patterns=HUB_PATTERNS, ignore_patterns=twins)
+    except Exception as error:  # the client's errors differ between its versions; all mean the same here
+        raise Refusal(
+            Exit.HUB, f"{source} can't be downloaded ({first_line(error)}): check the id, or log in"
+        ) from None
+    return Path(path)
+
+
+def judge_output(source: Path, output: Path, options: Options) -> None:
+    """OUTPUT is not there yet, or may be replaced; in no case does it touch the source."""
+    here, there = source.resolve(), output.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise Refusal(Exit.OUTPUT_EXISTS, f"{output} overlaps the source {source}: give a folder beside it")
+    if not os.path.lexists(output):
+        return
+    if not options.overwrite:
+        raise Refusal(Exit.OUTPUT_EXISTS, f"{output} exists: give another name, or --overwrite")
+    known = ("config.json", "adapter_config.json")
+    if not output.is_dir() or output.is_symlink() or not any((output / name).exists() for name in known):
+        raise Refusal(Exit.OUTPUT_EXISTS, f"{output} is no model folder, --overwrite won't delete it: do it yourself")
+
+
+def judge_disk(plan: Plan, partial: Path) -> None:
+    """Shards and small files must fit into the free space; what an unfinished run left there counts as free."""
+    place = next(path for path in (partial, *partial.resolve().parents) if path.is_dir())
+    left = sum(path.stat().st_size for path in partial.iterdir()) if partial.is_dir() else 0
+    needed, free = plan.nbytes + SMALL_FILES - left, shutil.disk_usage(place).free
+    if needed > free:
+        message = f"{needed:,} bytes needed in {place}, {free:,} free: make room, or give OUTPUT on another disk"
+        raise Refusal(Exit.TOO_LITTLE_DISK, message)
+
+
+def describe(plan: Plan) -> str:
+    """What the run changes: kind, rows, bytes, head, ids."""
+    source, vocabulary = plan.source, plan.vocabulary
+    kinds = {"model": "model", "prefix": "P-tuning v2 prefix", "adapter": "LoRA adapter"}
+    before, after = source.checkpoint.nbytes, plan.nbytes
+    cut = vocabulary.source_rows - vocabulary.rows
+    lines = [
+        f"{source.name}: {kinds[source.kind]}, {len(source.tensors)} tensors in {len(source.checkpoint.files)} file(s)",
+        f"vocabulary rows: {vocabulary.source_rows:,} -> {vocabulary.rows:,} ({cut:,} cut, "
+        f"{min(vocabulary.offset, cut):,} of them image tokens)",
+        f"bytes of tensors: {before:,} -> {after:,} (saved: {before - after:,}, {(before - after) / before:.1%})",
+        *plan.notes,
+        *([f"trimmed: {vocabulary.figures}"] if vocabulary.figures else []),
+        *(f"  {what:<24}{old:>8} -> {new}" for what, old, new in id_table(plan)),
+    ]
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------- the writing
+
+
+def write_partial(plan: Plan, partial: Path, options: Options) -> None:
+    """Fills the temporary folder; what an interrupted run of the same plan finished stays."""
+    journal = io.Journal(partial, plan.fingerprint())
+    try:
+        write_shards(plan, partial, journal, options)
+        written = set(plan.shards)
+        for path in list(partial.iterdir()):
+            if path.name not in written and path.name != LOCK:
+                path.unlink()
+        write_folder(partial, plan, options, {name: journal.shards[name]["sha256"] for name in plan.shards})
+    except Refusal:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    except OSError as error:
+        message = (
+            f"writing failed ({first_line(error)}): run the same command again, finished shards are kept in {partial}"
+        )
+        raise Refusal(Exit.WRITE_FAILED, message) from None
+
+
+def write_shards(plan: Plan, partial: Path, journal: io.Journal, options: Options) -> None:
+    """Streams every shard; a second thread hashes the finished one while the next is written."""
+    total = sum(job.read_bytes for job in plan.jobs)
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc="slimming", disable=None)
+    with bar, io.Reader() as reader, ThreadPoolExecutor(1) as hasher:
+        hashes = []
+        for name, jobs in plan.shards.items():
+            if journal.is_finished(name):
+                bar.update(sum(job.read_bytes for job in jobs))
+                continue
+            tensors = [output for job in jobs for output in job.outputs]
+            io.write_shard(partial / name, tensors, stream(reader, jobs, options, bar))
+            hashes.append(hasher.submit(journal.record, name))
+        for pending in hashes:
+            pending.result()
+
+
+def stream(reader: io.Reader, jobs: Sequence[Job], options: Options, bar: Any) -> Iterator[tuple[str, Any]]:
+    """(tensor name, bytes) of every output tensor of a shard, in chunks."""
+    for job in jobs:
+        unit = io.ITEM_SIZES[job.source.dtype] * (job.shape[1] if job.bits else 1)
+        position = 0
+        for chunk in reader.chunks(job.source, job.ranges(), unit):
+            judge_chunk(chunk, job, position, options)
+            position += len(chunk)
+            yield from transformed(job, chunk, options)
+            bar.update(len(chunk))
+
+
+def transformed(job: Job, chunk: memoryview, options: Options) -> Iterator[tuple[str, Any]]:
+    """A chunk as it is, converted, or (whole rows) quantized to weight and scale."""
+    name = job.source.name
+    if not job.bits and job.dtype == job.source.dtype:
+        yield name, chunk
+        return
+    import torch
+
+    numbers = io.as_tensor(chunk, job.source.dtype)
+    converted = numbers.to(getattr(torch, io.TORCH_NAMES[job.dtype]))
+    if not options.allow_nonfinite and not converted.isfinite().all():
+        largest = numbers.abs().max().item()
+        message = f"{name} reaches {largest:g}, too large for {io.TORCH_NAMES[job.dtype]}: use --dtype bfloat16"
+        raise Refusal(Exit.NONFINITE, message)
+    if not job.bits:
+        yield name, io.tensor_bytes(converted)
+        return
+    weight, scale = quantized(converted.view(-1, job.shape[1]), job)
+    yield name, io.tensor_bytes(weight)
+    yield f"{name}_scale", io.tensor_bytes(scale)
+
+
+def quantized(rows: Any, job: Job) -> tuple[Any, Any]:
+    """Whole rows as the package's own quantization stores them, the scale in the model's dtype."""
+    from slimming.folder import package_module
+
+    weight, scale = package_module("quantization").quantize_weight(rows, job.bits, job.group_size)
+    return weight, scale.to(rows.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------- into place
+
+LOCK = "slim.lock"
+
+
+@contextmanager
+def locked(partial: Path) -> Iterator[None]:
+    """The temporary folder, made, and ours alone; a killed run's lock is gone with its process."""
+    partial.mkdir(parents=True, exist_ok=True)
+    with open(partial / LOCK, "w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass  # not on Windows
+        except OSError:
+            raise Refusal(Exit.BUSY, f"another run writes {partial}: wait for it, or give another OUTPUT") from None
+        yield
+    (partial / LOCK).unlink(missing_ok=True)
+
+
+def restore_interrupted(output: Path) -> None:
+    """A run that was killed between the two renames of --overwrite left the old OUTPUT under another name."""
+    old = output.with_name(f"{output.name}-slim-old")
+    if old.is_dir() and not output.exists():
+        os.rename(old, output)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def move_into_place(partial: Path, output: Path) -> None:
+    """The temporary folder becomes OUTPUT; an old OUTPUT is deleted only after that."""
+    old = output.with_name(f"{output.name}-slim-old")
+    try:
+        if output.exists():
+            os.rename(output, old)
+        os.rename(partial, output)
+    except OSError as error:
+        if old.is_dir() and not output.exists():
+            os.rename(old, output)
+        raise Refusal(
+            Exit.WRITE_FAILED, f"{partial} is complete but can't become {output} ({first_line(error)})"
+        ) from None
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def push(output: Path, repo_id: str, public: bool) -> None:
+    """Uploads OUTPUT to the Hub; a repository made for it is private unless asked otherwise."""
+    import huggingface_hub as hub
+
+    try:
+        api = hub.HfApi()
+        api.create_repo(repo_id, private=not public, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=output, commit_message="ChatGLM-6B-Slim")
+    except Exception as error:  # the client's errors differ between its versions; all mean the same here
+        message = (
+            f"{output} is complete but not on the Hub ({first_line(error)}): `hf upload {repo_id} {output}` does that"
+        )
+        raise Refusal(Exit.HUB, message) from None
+    print(f"pushed to {hub.constants.ENDPOINT}/{repo_id}")
+
+
+# ---------------------------------------------------------------------------------------------------- the command
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    values = vars(parser().parse_args(arguments))
+    source, output, revision = values.pop("source"), values.pop("output"), values.pop("revision")
+    repo_id, public, check_only = values.pop("push"), values.pop("public"), values.pop("check_only")
+    options = Options(**values)
+    try:
+        if check_only:
+            return check_folder(source, output, options, revision)
+        slim(source, output, options, revision)
+        if repo_id and not options.dry_run:
+            push(output, repo_id, public)
+    except Refusal as refusal:
+        print(f"slim.py: {refusal}", file=sys.stderr)
+        return int(refusal.code)
+    except KeyboardInterrupt:
+        print("slim.py: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return int(Exit.OK)
+
+
+def check_folder(source: str, output: Path, options: Options, revision: str | None) -> int:
+    """`--check-only`: compares an OUTPUT made before."""
+    from slimming.check import check
+
+    plan = make_plan(read_source(open_source(source, revision), source, options), options)
+    return int(Exit.OK if check(plan, output, options) else Exit.CHECK_FAILED)
+
+
+def parser() -> argparse.ArgumentParser:
+    codes = "\n".join(f"  {code:>3}  {meaning}" for code, meaning in EXIT_MEANINGS.items())
+    result = argparse.ArgumentParser(
+        prog="slim.py",
+        description="Turn any ChatGLM-6B checkpoint into ChatGLM-6B-Slim.",
+        epilog=f"exit codes:\n{codes}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = result.add_argument
+    add("source", metavar="SOURCE", help="local folder or Hub id: model, P-tuning v2 prefix or LoRA adapter")
+    add("output", metavar="OUTPUT", type=Path, help="folder to make")
+    add("--dtype", choices=("float16", "bfloat16", "float32"), help="convert, LayerNorms too (default: keep)")
+    add("--max-shard-size", type=parse_size, default=Options.max_shard_size, metavar="SIZE", help="default 2GB")
+    add("--check", action="store_true", help="compare every kept row and tensor, and logits, before OUTPUT appears")
+    add("--check-only", action="store_true", help="compare an OUTPUT made before (with the same options)")
+    add("--dry-run", action="store_true", help="print what would change, write nothing")
+    add("--overwrite", action="store_true", help="replace an existing OUTPUT, once the new one is complete")
+    add("--repackage", action="store_true", help="go on with a checkpoint that is slim already")
+    add("--allow-nonfinite", action="store_true", help="go on with NaN or Inf in the weights")
+    add("--tokenizer", type=Path, metavar="FILE", help=f"{VOCAB_FILE}, if SOURCE has none")
+    add("--base", metavar="NAME", help="the slim base model that an adapter's config shall name")
+    add("--revision", help="branch, tag or commit of a Hub id")
+    add("--push", metavar="REPO_ID", help="upload OUTPUT to the Hub (a new repository is private)")
+    add("--public", action="store_true", help="make the pushed repository public")
+    quantize = result.add_argument_group("quantization, straight from the shards").add_argument
+    quantize("--bits", type=int, choices=(0, 4, 8), default=0, help="layers to int4 or int8 (official format)")
+    quantize("--group-size", type=int, choices=(0, 32, 64, 128), default=0, help="columns a scale (default: a row)")
+    quantize("--quantize-head", action="store_true", help="embedding and head to int8 as well (needs --bits)")
+    trim = result.add_argument_group("trimming further").add_argument
+    trim("--corpus", type=Path, metavar="FILE", help="keep the pieces that this UTF-8 text uses")
+    trim("--min-count", type=int, default=1, metavar="N", help="... at least N times (default 1)")
+    trim(
+        "--keep-languages", type=parse_languages, default=(), metavar="zh,en", help="keep the pieces in their scripts"
+    )
+    return result
+
+
+def parse_size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B?)", text.strip().upper())
+    if not match or match[2] not in UNITS or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: write 2GB, 500MB or 1GiB")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def parse_languages(text: str) -> tuple[str, ...]:
+    return tuple(language.strip().lower() for language in text.split(",") if language.strip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The parts of `slim.py`: reading and writing, planning, trimming, the other files of a folder, and the check."""
