@@ -1,0 +1,400 @@
+"""The LLVM IR of the CPU kernels, as text; nothing here is compiled or run (see cpu_kernels.py).
+
+A kernel is one function `void kernel(ptr arguments)` that every thread runs. It walks the weight by tiles of a few
+rows and chunks of 128 columns; a group of columns with a scale of its own never crosses a chunk.
+
+    M rows of activations, K columns, N rows of the weight; INT4 packs the even column into the HIGH nibble.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+import types
+from typing import NamedTuple
+
+CHUNK = 128  # columns per step of every kernel: 64 bytes of INT4, and whole groups of 32, 64 or 128 columns
+TILE = 4  # rows of the weight that share one load of the activations
+GEMV_ROWS = 4  # at most so many rows of activations per pass over the weight
+PREFETCH_LEVEL = 2  # into the second-level cache; measured best
+
+F32X16, BF16X32, I32X16, I16X32 = "<16 x float>", "<32 x bfloat>", "<16 x i32>", "<32 x i16>"
+NIBBLES = [n if n < 8 else n - 16 for n in range(16)]
+INTRINSICS = f"""
+declare i64 @llvm.umin.i64(i64, i64)
+declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
+declare {F32X16} @llvm.fma.v16f32({F32X16}, {F32X16}, {F32X16})
+declare float @llvm.vector.reduce.fadd.v16f32(float, {F32X16})
+declare {F32X16} @llvm.x86.avx512.permvar.sf.512({F32X16}, {I32X16})
+declare {I16X32} @llvm.x86.avx512.permvar.hi.512({I16X32}, {I16X32})
+declare {F32X16} @llvm.x86.avx512bf16.dpbf16ps.512({F32X16}, {BF16X32}, {BF16X32})
+"""
+
+
+class Variant(NamedTuple):
+    """What one compiled kernel is for; the types are names of LLVM IR, or "" where there is none."""
+
+    kind: str  # "gemv" or "dequantize"
+    isa: str  # "avx512_bf16", "avx512" or "avx2"
+    bits: int  # 4, 8 or 16
+    group: int  # columns per scale; 0 = one scale per row, or none
+    weight: str  # type of 16-bit weights
+    scale: str
+    x: str  # type of the activations; for "dequantize", of the result
+    rows: int = 0  # rows of activations
+
+    @property
+    def dots_bf16(self) -> bool:
+        """Whether vdpbf16ps multiplies pairs of bfloat16, which INT4 and bfloat16 weights fit without rounding."""
+        return self.isa == "avx512_bf16" and self.x == "bfloat" and (self.bits == 4 or self.weight == "bfloat")
+
+    @property
+    def lane(self) -> str:
+        return "bfloat" if self.dots_bf16 else "float"
+
+    @property
+    def vector(self) -> str:
+        return BF16X32 if self.dots_bf16 else F32X16
+
+    @property
+    def chunk_bytes(self) -> int:
+        return CHUNK * self.bits // 8
+
+    @property
+    def chunk_groups(self) -> int:
+        return CHUNK // self.group if self.group else 0
+
+    @property
+    def tile(self) -> int:
+        """Rows of the weight at a time, so that the sums fit the registers (AVX2 has 16 half as wide)."""
+        return TILE if self.isa != "avx2" else max(1, TILE // self.rows)
+
+
+# ---------------------------------------------------------------------------------------------- writing LLVM IR
+
+
+class Emitter:
+    """Collects lines of IR. Calling it with an instruction appends it and returns the name of its value."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.block = "entry"
+        self._names = 0
+
+    def __call__(self, instruction: str) -> str:
+        name = f"%{self.fresh()}"
+        self.lines.append(f"  {name} = {instruction}")
+        return name
+
+    def fresh(self) -> str:
+        self._names += 1
+        return f"v{self._names}"
+
+    def do(self, *lines: str) -> None:
+        self.lines += lines
+
+    def op(self, name: str, a, b, kind: str = "i64") -> str:
+        return self(f"{name} {kind} {a}, {b}")
+
+    def at(self, kind: str, pointer: str, index) -> str:
+        return self(f"getelementptr {kind}, ptr {pointer}, i64 {index}")
+
+    def load(self, kind: str, pointer: str, align: int = 1) -> str:
+        return self(f"load {kind}, ptr {pointer}, align {align}")
+
+    def store(self, kind: str, value: str, pointer: str, align: int = 1) -> None:
+        self.do(f"  store {kind} {value}, ptr {pointer}, align {align}")
+
+    def call(self, kind: str, function: str, *arguments: str) -> str:
+        return self(f"call {kind} @llvm.{function}({', '.join(arguments)})")
+
+    def fma(self, a: str, b: str, c: str) -> str:
+        return self.call(F32X16, "fma.v16f32", f"{F32X16} {a}", f"{F32X16} {b}", f"{F32X16} {c}")
+
+    def shuffle(self, kind: str, a: str, lanes: list[int], b: str = "poison") -> str:
+        return self(f"shufflevector {kind} {a}, {kind} {b}, <{len(lanes)} x i32> {vector_of('i32', lanes)}")
+
+    def widen(self, kind: str, value: str, lanes: int = 16) -> str:
+        return value if kind == "float" else self(f"fpext <{lanes} x {kind}> {value} to <{lanes} x float>")
+
+    @contextlib.contextmanager
+    def loop(self, stop: str, step: int = 1, start: str = "0", carried=()):
+        """for index in range(start, stop, step), at least once. `carried` lists (type, initial value); in the body
+        `values` are their names, and after it `update` has to hold their new values, valid after the loop as well."""
+        label, before = self.fresh(), self.block
+        self.do(f"  br label %{label}", f"{label}:")
+        head, self.block = len(self.lines), label
+        values = [f"%{label}.{number}" for number in range(len(carried))]
+        loop = types.SimpleNamespace(index=f"%{label}.index", values=values, update=[])
+        yield loop
+        following = self.op("add", loop.index, step)
+        again = self(f"icmp ult i64 {following}, {stop}")
+        self.do(f"  br i1 {again}, label %{label}, label %{label}.end", f"{label}.end:")
+        phis = [("i64", start, loop.index, following)]
+        phis += [(kind, first, name, new) for (kind, first), name, new in zip(carried, values, loop.update)]
+        self.lines[head:head] = [
+            f"  {name} = phi {kind} [{first}, %{before}], [{new}, %{self.block}]" for kind, first, name, new in phis
+        ]
+        self.block = f"{label}.end"
+
+    @contextlib.contextmanager
+    def tasks(self, args: Arguments):
+        """Takes ranges of rows from a counter that all threads share, so that a core which is busy elsewhere takes
+        fewer; yields the first row of a range and the one after its last."""
+        label = self.fresh()
+        self.do(f"  br label %{label}", f"{label}:")
+        first = self.op("mul", self(f"atomicrmw add ptr {args.next_task}, i64 1 monotonic"), args.task_rows)
+        more = self(f"icmp ult i64 {first}, {args.rows}")
+        self.do(f"  br i1 {more}, label %{label}.body, label %{label}.end", f"{label}.body:")
+        self.block = f"{label}.body"
+        last = self.call("i64", "umin.i64", f"i64 {self.op('add', first, args.task_rows)}", f"i64 {args.rows}")
+        yield first, last
+        self.do(f"  br label %{label}", f"{label}.end:")
+        self.block = f"{label}.end"
+
+
+def vector_of(kind: str, values) -> str:
+    return "<" + ", ".join(f"{kind} {value}" for value in values) + ">"
+
+
+def narrow(emit: Emitter, kind: str, value: str) -> str:
+    """float32 lanes -> `kind`, ties to even. bfloat16 by integers: LLVM would call a C function without AVX-512."""
+    if kind == "float":
+        return value
+    if kind == "half":
+        return emit(f"fptrunc {F32X16} {value} to <16 x half>")
+    bits, constant = emit(f"bitcast {F32X16} {value} to {I32X16}"), lambda n: vector_of("i32", [n] * 16)
+    odd = emit.op("and", emit.op("lshr", bits, constant(16), I32X16), constant(1), I32X16)
+    rounded = emit.op("add", emit.op("add", bits, odd, I32X16), constant(0x7FFF), I32X16)
+    is_nan = emit(f"fcmp uno {F32X16} {value}, {value}")
+    rounded = emit(f"select <16 x i1> {is_nan}, {I32X16} {constant(0x7FC00000)}, {I32X16} {rounded}")
+    upper = emit(f"trunc {I32X16} {emit.op('lshr', rounded, constant(16), I32X16)} to <16 x i16>")
+    return emit(f"bitcast <16 x i16> {upper} to <16 x bfloat>")
+
+
+# ---------------------------------------------------------------------------------------------- widening weights
+
+
+def columns(variant: Variant) -> list[list[int]]:
+    """Which column of a chunk each lane of each vector of `widened` holds.
+
+    INT4 nibbles are taken from 16- or 32-bit lanes by shifts, which is cheaper than restoring their order: the
+    activations, of which there are few, are put into this order instead."""
+    if variant.bits == 4:
+        vectors = 4 if variant.dots_bf16 else 8
+        return [[vectors * lane + (v ^ 1) for lane in range(CHUNK // vectors)] for v in range(vectors)]
+    lanes = 32 if variant.dots_bf16 else 16
+    return [list(range(start, start + lanes)) for start in range(0, CHUNK, lanes)]
+
+
+def widened(emit: Emitter, variant: Variant, pointer: str) -> list[str]:
+    """The weights of the chunk at `pointer` as vectors of `variant.vector`."""
+    if variant.bits == 4:
+        return _widened_int4(emit, variant, pointer)
+    size = 64 if variant.dots_bf16 else variant.chunk_bytes // 8
+    parts = [emit.at("i8", pointer, offset) for offset in range(0, variant.chunk_bytes, size)]
+    if variant.bits == 8:
+        return [emit(f"sitofp <16 x i8> {emit.load('<16 x i8>', part)} to {F32X16}") for part in parts]
+    if variant.dots_bf16:
+        return [emit.load(BF16X32, part) for part in parts]
+    return [emit.widen(variant.weight, emit.load(f"<16 x {variant.weight}>", part)) for part in parts]
+
+
+def _widened_int4(emit: Emitter, variant: Variant, pointer: str) -> list[str]:
+    """By a look-up in a table of 16 values held in a register; the look-up ignores the bits above its index."""
+    if variant.dots_bf16:
+        table = vector_of("i16", [struct.unpack("<h", struct.pack("<f", n)[2:])[0] for n in NIBBLES * 2])
+        packed, found = emit.load(I16X32, pointer), []
+        for shift in range(0, 16, 4):
+            index = emit.op("lshr", packed, vector_of("i16", [shift] * 32), I16X32)
+            value = emit.call(I16X32, "x86.avx512.permvar.hi.512", f"{I16X32} {table}", f"{I16X32} {index}")
+            found.append(emit(f"bitcast {I16X32} {value} to {BF16X32}"))
+        return found
+    packed, constant = emit.load(I32X16, pointer), lambda n: vector_of("i32", [n] * 16)
+    if variant.isa == "avx2":
+        tops = [emit.op("shl", packed, constant(28 - shift), I32X16) for shift in range(0, 32, 4)]
+        return [emit(f"sitofp {I32X16} {emit.op('ashr', top, constant(28), I32X16)} to {F32X16}") for top in tops]
+    table = f"{F32X16} {vector_of('float', map(float, NIBBLES))}"
+    indices = [emit.op("lshr", packed, constant(shift), I32X16) for shift in range(0, 32, 4)]
+    return [emit.call(F32X16, "x86.avx512.permvar.sf.512", table, f"{I32X16} {index}") for index in indices]
+
+
+# ---------------------------------------------------------------------------------------------- the kernels
+
+
+class Arguments:
+    """The kernels' one argument: eleven 64-bit words, the first two of which the threads count up."""
+
+    NAMES = ("next_task", "next_thread", "weight", "scale", "x", "y", "scratch", "rows", "chunks", "task_rows")
+    POINTERS = ("weight", "scale", "x", "y", "scratch")
+
+    def __init__(self, emit: Emitter) -> None:
+        for number, name in enumerate(self.NAMES):
+            word = emit.at("i64", "%arguments", number)
+            if name not in ("next_task", "next_thread"):
+                word = emit.load("i64", word)
+            setattr(self, name, emit(f"inttoptr i64 {word} to ptr") if name in self.POINTERS else word)
+
+
+def kernel_ir(variant: Variant) -> str:
+    """The module of LLVM IR with the one function `kernel`, which every thread runs."""
+    emit = Emitter()
+    emit.do("define void @kernel(ptr %arguments) {", "entry:")
+    args = Arguments(emit)
+    (gemv if variant.kind == "gemv" else dequantize_rows)(emit, variant, args)
+    emit.do("  ret void", "}")
+    body = "\n".join(emit.lines)
+    used = [line for line in INTRINSICS.splitlines() if line and line.split("@")[1].split("(")[0] in body]
+    return "\n".join(used) + "\n" + body
+
+
+def gemv(emit: Emitter, variant: Variant, args: Arguments) -> None:
+    """y[M, N] = x[M, K] @ (scale * weight[N, K]).T for a few M: a tile of weight rows times all of x at a time."""
+    x_columns = emit.op("mul", args.chunks, CHUNK)
+    thread = emit(f"atomicrmw add ptr {args.next_thread}, i64 1 monotonic")
+    own_x = emit.at(variant.lane, args.scratch, emit.op("mul", thread, emit.op("mul", x_columns, variant.rows)))
+    copy_x(emit, variant, args, own_x)
+    with emit.tasks(args) as (first, last), emit.loop(last, variant.tile, first) as rows:
+        tile = [emit.op("add", rows.index, number) for number in range(variant.tile)]
+        sums = tile_sums(emit, variant, args, tile, own_x, x_columns)
+        for (t, m, half), value in sums.items():
+            if half == 0:
+                value = emit.op("fadd", value, sums[t, m, 1], F32X16) if (t, m, 1) in sums else value
+                place = emit.op("add", tile[t], emit.op("mul", args.rows, m))
+                store_sum(emit, variant, args, tile[t], value, emit.at("float", args.y, place))
+
+
+def copy_x(emit: Emitter, variant: Variant, args: Arguments, own_x: str) -> None:
+    """Each thread copies x to its own memory, in the kernel's type and order of columns."""
+    order = [column for vector in columns(variant) for column in vector]
+    with emit.loop(emit.op("mul", args.chunks, variant.rows)) as chunk:
+        offset = emit.op("mul", chunk.index, CHUNK)
+        x = emit.load(f"<{CHUNK} x {variant.x}>", emit.at(variant.x, args.x, offset))
+        if variant.x != variant.lane:
+            x = emit.widen(variant.x, x, CHUNK)
+        x = emit.shuffle(f"<{CHUNK} x {variant.lane}>", x, order)
+        emit.store(f"<{CHUNK} x {variant.lane}>", x, emit.at(variant.lane, own_x, offset), 64)
+
+
+def tile_sums(emit: Emitter, variant: Variant, args: Arguments, tile: list, own_x: str, x_columns: str) -> dict:
+    """Sums over all columns: (row of the tile, row of x, half) -> 16 partial sums. One row of x has two halves, of
+    even and odd vectors, since a single chain of additions would wait for its own results."""
+    halves = 2 if variant.rows == 1 and not variant.group else 1
+    keys = [(t, m, half) for t in range(len(tile)) for m in range(variant.rows) for half in range(halves)]
+    row_bytes = emit.op("mul", args.chunks, variant.chunk_bytes)
+    starts = [emit.at("i8", args.weight, emit.op("mul", row, row_bytes)) for row in tile]
+    ahead = emit.op("mul", row_bytes, len(tile))
+    with emit.loop(args.chunks, carried=[(F32X16, "zeroinitializer")] * len(keys)) as chunk:
+        sums = dict(zip(keys, chunk.values))
+        offset = emit.op("mul", chunk.index, variant.chunk_bytes)
+        here = [emit.at("i8", start, offset) for start in starts]
+        for pointer in here:
+            prefetch(emit, emit.at("i8", pointer, ahead), variant.chunk_bytes)
+        weights = [widened(emit, variant, pointer) for pointer in here]
+        x_offset = emit.op("mul", chunk.index, CHUNK)
+        xs = [
+            emit.at(variant.lane, own_x, emit.op("add", x_offset, emit.op("mul", x_columns, m)))
+            for m in range(variant.rows)
+        ]
+        if variant.group:
+            scales = [chunk_scales(emit, variant, args, row, chunk.index) for row in tile]
+            add_grouped(emit, variant, sums, weights, xs, scales)
+        else:
+            for v in range(len(weights[0])):
+                add_products(emit, variant, sums, v, weights, xs, half=v % halves)
+        chunk.update = [sums[key] for key in keys]
+    return sums
+
+
+def prefetch(emit: Emitter, pointer: str, size: int) -> None:
+    """The same place of the next tile: the weight is one long stream, but in rows too short for the CPU to notice."""
+    for offset in range(0, size, 64):
+        emit.do(
+            f"  call void @llvm.prefetch.p0(ptr {emit.at('i8', pointer, offset)}, i32 0, i32 {PREFETCH_LEVEL}, i32 1)"
+        )
+
+
+def add_products(emit: Emitter, variant: Variant, sums: dict, v: int, weights: list, xs: list, half: int = 0) -> None:
+    """sums[t, m, half] += weights[t][v] * xs[m][v]."""
+    kind, lanes = variant.vector, 32 if variant.dots_bf16 else 16
+    for m, x in enumerate(xs):
+        x_vector = emit.load(kind, emit.at(variant.lane, x, v * lanes), 64)
+        for t, row in enumerate(weights):
+            total = sums[t, m, half]
+            if variant.dots_bf16:
+                operands = (f"{F32X16} {total}", f"{kind} {row[v]}", f"{kind} {x_vector}")
+                sums[t, m, half] = emit.call(F32X16, "x86.avx512bf16.dpbf16ps.512", *operands)
+            else:
+                sums[t, m, half] = emit.fma(row[v], x_vector, total)
+
+
+def chunk_scales(emit: Emitter, variant: Variant, args: Arguments, row: str, chunk: str) -> str:
+    """The scales of one row in one chunk, as float32 lanes."""
+    count = variant.chunk_groups
+    first = emit.op("mul", emit.op("add", emit.op("mul", row, args.chunks), chunk), count)
+    return emit.widen(
+        variant.scale, emit.load(f"<{count} x {variant.scale}>", emit.at(variant.scale, args.scale, first)), count
+    )
+
+
+def add_grouped(emit: Emitter, variant: Variant, sums: dict, weights: list, xs: list, scales: list) -> None:
+    """Vectors whose lanes lie in the same groups are summed first, then multiplied by the scales of their lanes."""
+    alike: dict[tuple, list[int]] = {}
+    for v, lanes in enumerate(columns(variant)):
+        alike.setdefault(tuple(column // variant.group for column in lanes[:: len(lanes) // 16]), []).append(v)
+    for groups, vectors in alike.items():
+        partial = dict.fromkeys(sums, "zeroinitializer")
+        for v in vectors:
+            add_products(emit, variant, partial, v, weights, xs)
+        for t, scale in enumerate(scales):
+            of_lanes = emit.shuffle(f"<{variant.chunk_groups} x float>", scale, list(groups))
+            for m in range(variant.rows):
+                sums[t, m, 0] = emit.fma(partial[t, m, 0], of_lanes, sums[t, m, 0])
+
+
+def store_sum(emit: Emitter, variant: Variant, args: Arguments, row: str, value: str, place: str) -> None:
+    total = emit(f"call reassoc float @llvm.vector.reduce.fadd.v16f32(float -0.0, {F32X16} {value})")
+    if variant.scale and not variant.group:
+        total = emit.op("fmul", total, row_scale(emit, variant, args, row), "float")
+    emit.store("float", total, place)
+
+
+def row_scale(emit: Emitter, variant: Variant, args: Arguments, index: str) -> str:
+    scale = emit.load(variant.scale, emit.at(variant.scale, args.scale, index))
+    return scale if variant.scale == "float" else emit(f"fpext {variant.scale} {scale} to float")
+
+
+def dequantize_rows(emit: Emitter, variant: Variant, args: Arguments) -> None:
+    """y[N, K] = scale * weight[N, K], the float32 product rounded once."""
+    per_row = emit.op("mul", args.chunks, variant.chunk_groups)
+    with emit.tasks(args) as (first, last), emit.loop(last, 1, first) as rows, emit.loop(args.chunks) as chunk:
+        number = emit.op("add", emit.op("mul", rows.index, args.chunks), chunk.index)
+        values = in_order(emit, variant, emit.at("i8", args.weight, emit.op("mul", number, variant.chunk_bytes)))
+        y = emit.at(variant.x, args.y, emit.op("mul", number, CHUNK))
+        first_group = emit.op(
+            "add", emit.op("mul", rows.index, per_row), emit.op("mul", chunk.index, variant.chunk_groups)
+        )
+        scale = None
+        for v, value in enumerate(values):
+            if variant.scale and (v == 0 or (variant.group and v * 16 % variant.group == 0)):
+                index = emit.op("add", first_group, v * 16 // variant.group) if variant.group else rows.index
+                one = emit(f"insertelement {F32X16} poison, float {row_scale(emit, variant, args, index)}, i64 0")
+                scale = emit.shuffle(F32X16, one, [0] * 16)
+            if scale:
+                value = emit.op("fmul", value, scale, F32X16)
+            emit.store(f"<16 x {variant.x}>", narrow(emit, variant.x, value), emit.at(variant.x, y, v * 16))
+
+
+def in_order(emit: Emitter, variant: Variant, pointer: str) -> list[str]:
+    """The chunk at `pointer` as eight vectors of float32, in the order of its columns."""
+    if variant.bits != 4:
+        return widened(emit, variant._replace(x="float"), pointer)
+    kind, four = "<64 x i8>", vector_of("i8", [4] * 64)
+    packed = emit.load(kind, pointer)
+    high = emit.op("ashr", packed, four, kind)
+    low = emit.op("ashr", emit.op("shl", packed, four, kind), four, kind)
+    values = []
+    for start in range(0, 64, 8):
+        lanes = [index for byte in range(start, start + 8) for index in (byte, 64 + byte)]
+        values.append(emit(f"sitofp <16 x i8> {emit.shuffle(kind, high, lanes, low)} to {F32X16}"))
+    return values
