@@ -1,0 +1,588 @@
+"""The tokenizer: the original's ids, what differs on purpose, conversations, files, bad input."""
+
+import copy
+import hashlib
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from chatglm_slim.tokenization_chatglm import CONTROL_PIECES, ChatGLMTokenizer, complete_sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jinja2.exceptions import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = json.loads((ROOT / "tests/golden/tokenizer.json").read_text())
+SURROGATE = "a\udc00b"  # one golden string is no text at all
+VARIANTS = ["real", "tiny"]
+
+
+def model_folder(folder: Path, sp_model: Path, **config) -> Path:
+    """What a Hub repository holds for its tokenizer: code, settings, SentencePiece model."""
+    for name in ("tokenization_chatglm.py", "chat_template.jinja"):
+        shutil.copy(ROOT / name, folder / name)
+    shutil.copy(sp_model, folder / "ice_text.model")
+    released = json.loads((ROOT / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**released, **config}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def load(tmp_path_factory):
+    """from_pretrained on a fresh folder, as a user of the Hub would."""
+
+    def load(sp_model, **config):
+        folder = model_folder(tmp_path_factory.mktemp("model"), sp_model, **config)
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=True)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def tiny(load, tiny_sp_model):
+    return load(tiny_sp_model)
+
+
+@pytest.fixture(scope="session")
+def tokenizers(request, load, tiny):
+    """Looked up by variant; "real" skips where the real SentencePiece model is not at hand."""
+    cache = {"tiny": tiny}
+
+    def get(variant):
+        if variant not in cache:
+            offset = 20000 if variant == "real20k" else 0
+            cache[variant] = load(request.getfixturevalue("real_sp_model"), num_image_tokens=offset)
+        return cache[variant]
+
+    return get
+
+
+# ---- the original's ids --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_golden_string_has_the_ids_pieces_and_texts_of_the_original(tokenizers, variant):
+    tokenizer = tokenizers(variant)
+    checked = 0
+    for case in GOLDEN["strings"]:
+        if case["text"] == SURROGATE:
+            continue
+        text, want = case["text"], case[variant]
+        assert tokenizer(text)["input_ids"] == want["input_ids"], text
+        assert tokenizer.encode(text, add_special_tokens=False) == want["ids"], text
+        if "tokens" in want:  # not recorded for the long ones
+            assert tokenizer.tokenize(text) == want["tokens"], text
+            assert tokenizer.convert_tokens_to_ids(want["tokens"]) == want["ids"], text
+        assert tokenizer.decode(want["ids"]) == want["decode_ids_no_cleanup"], text
+        assert tokenizer.decode(want["ids"], clean_up_tokenization_spaces=True) == want["decode_ids"], text
+        clean = {"clean_up_tokenization_spaces": True}
+        assert tokenizer.decode(want["input_ids"], **clean) == want["decode_input_ids"], text
+        assert tokenizer.decode(want["input_ids"], skip_special_tokens=True, **clean) == want["decode_input_ids_skip"]
+        assert tokenizer.encode_text(text) == want["sp_encode"], text
+        checked += 1
+    assert checked == 108
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_full_vocabulary_ids_are_the_slim_ones_plus_the_image_tokens(load, tokenizers, variant):
+    slim = tokenizers(variant)
+    full = load(slim.vocab_file, num_image_tokens=20000)
+    for case in GOLDEN["strings"]:
+        if case["text"] != SURROGATE:
+            ids = full(case["text"])["input_ids"]
+            assert [index - 20000 for index in ids] == case[variant]["input_ids"]
+            assert full.decode(ids) == slim.decode(case[variant]["input_ids"])
+    for name in ("bos", "eos", "pad", "unk", "mask", "gmask", "end"):
+        assert getattr(full, f"{name}_token_id") == getattr(slim, f"{name}_token_id") + 20000
+    assert (full.vocab_size, len(full)) == (slim.vocab_size + 20000, len(slim) + 20000)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_golden_pair_is_laid_out_and_cut_as_by_the_original(tokenizers, variant):
+    tokenizer = tokenizers(variant)
+    for case in GOLDEN["pairs"]:
+        a, b, want = case["a"], case["b"], case[variant]
+        assert tokenizer(a, b)["input_ids"] == want["pair"]["input_ids"]
+        padded = tokenizer(a, b, padding="max_length", max_length=32, truncation=True)
+        assert padded["input_ids"] == want["pair_maxlen32"]["input_ids"]
+        assert padded["attention_mask"] == [int(index != 3) for index in padded["input_ids"]]
+        for strategy in ("longest_first", "only_first", "only_second"):
+            cut = want[f"trunc12_{strategy}"]
+            if isinstance(cut, list):
+                assert tokenizer(a, b, truncation=strategy, max_length=12)["input_ids"] == cut
+        assert tokenizer(a, truncation=True, max_length=6)["input_ids"] == want["single_trunc6"]
+        left = copy.copy(tokenizer)
+        left.truncation_side = "left"
+        assert left(a, truncation=True, max_length=6)["input_ids"] == want["single_trunc6_left"]
+        ids_a, ids_b = (tokenizer.encode(text, add_special_tokens=False) for text in (a, b))
+        assert tokenizer.build_inputs_with_special_tokens(ids_a) == want["build_single"]
+        assert tokenizer.build_inputs_with_special_tokens(ids_a, ids_b) == want["build_pair"]
+        clean = {"clean_up_tokenization_spaces": True}
+        assert tokenizer.decode(want["build_pair"], **clean) == want["decode_pair"]
+        assert tokenizer.decode(want["build_pair"], skip_special_tokens=True, **clean) == want["decode_pair_skip"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_special_tokens_mask_marks_what_was_added(tokenizers, variant):
+    """The original's mask is zero everywhere and, within an encoding, two or three entries short."""
+    tokenizer = tokenizers(variant)
+    for pair in ((), ("其二",)):
+        encoded = tokenizer("其一", *pair, return_special_tokens_mask=True)
+        marked = [i for i, m in zip(encoded["input_ids"], encoded["special_tokens_mask"]) if m]
+        added = [tokenizer.gmask_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id]
+        assert marked == added[: 3 if pair else 2]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_golden_batch_has_the_original_ids_and_a_2d_mask(tokenizers, variant):
+    """The original's [B,1,S,S] masks and [B,2,S] positions are the model's to derive: every generation API of
+    transformers wants 2-D masks. Here a row of the mask says which tokens are no padding."""
+    tokenizer = tokenizers(variant)
+    forms = {
+        "longest_list": {"padding": True},
+        "longest_np": {"padding": True, "return_tensors": "np"},
+        "maxlen20_np": {"padding": "max_length", "max_length": 20, "return_tensors": "np"},
+        "multiple8_np": {"padding": True, "pad_to_multiple_of": 8, "return_tensors": "np"},
+        "nopad": {},
+    }
+    for case in GOLDEN["batches"]:
+        alone = [tokenizer(text)["input_ids"] for text in case["texts"]]
+        for name, options in forms.items():
+            encoded = tokenizer(case["texts"], **options)
+            ids, masks = (getattr(rows, "tolist", lambda rows=rows: rows)() for rows in encoded.values())
+            assert ids == case[variant][name]["input_ids"]
+            for row, mask, own in zip(ids, masks, alone):
+                assert mask == [0] * (len(row) - len(own)) + [1] * len(own)
+                assert row[len(row) - len(own) :] == own
+        assert list(encoded) == ["input_ids", "attention_mask"]
+        assert tokenizer.batch_decode(ids, clean_up_tokenization_spaces=True) == case[variant]["batch_decode"]
+        skipped = tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=True)
+        assert skipped == case[variant]["batch_decode_skip"]
+
+
+@pytest.mark.parametrize("case", GOLDEN["decode"], ids=lambda case: f"{case['variant']}-{case['ids'][:3]}")
+def test_every_golden_decode_case(tokenizers, case):
+    """Where the original raises IndexError, ids beyond the pieces that a model may still sample, nothing is shown."""
+    tokenizer = tokenizers(case["variant"])
+    plain, skipped = (want if isinstance(want, str) else "" for want in (case["decode"], case["decode_skip"]))
+    assert tokenizer.decode(case["ids"]) == plain
+    assert tokenizer.decode(case["ids"], skip_special_tokens=True) == skipped
+    tokens = case["tokens"] if isinstance(case["tokens"], list) else [""]
+    assert tokenizer.convert_ids_to_tokens(case["ids"]) == tokens
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_vocabulary_facts_are_those_of_the_original(tokenizers, variant):
+    tokenizer, want = tokenizers(variant), GOLDEN["meta"][variant]
+    assert tokenizer.vocab_size == len(tokenizer) == want["vocab_size"]
+    for token, index in want["token_to_id"].items():
+        assert tokenizer.convert_tokens_to_ids(token) == index
+    if variant == "real":
+        assert sorted(tokenizer.all_special_tokens) == sorted(want["all_special_tokens"])
+        assert sorted(tokenizer.all_special_ids) == sorted(want["all_special_ids"])
+        assert tokenizer.num_special_tokens_to_add() == want["num_special_single"]
+        assert tokenizer.num_special_tokens_to_add(pair=True) == want["num_special_pair"]
+        assert tokenizer.padding_side == want["padding_side"]
+
+
+@pytest.mark.parametrize("offset", [0, 20000])
+def test_get_vocab_holds_every_id_once(load, tiny_sp_model, offset):
+    tokenizer = load(tiny_sp_model, num_image_tokens=offset)
+    vocab = tokenizer.get_vocab()
+    assert sorted(vocab.values()) == list(range(tokenizer.vocab_size))
+    assert all(tokenizer.convert_ids_to_tokens(index) == token for token, index in vocab.items())
+    assert all(tokenizer.convert_tokens_to_ids(token) == index for token, index in vocab.items())
+
+
+# ---- text that a user typed ----------------------------------------------------------------------------------
+CONTROL = ("<unk>", "<s>", "</s>", "<pad>", *CONTROL_PIECES)
+EVERYTHING = st.text(st.characters(exclude_categories=["Cs"]))
+TYPED = st.lists(st.one_of(st.sampled_from((*CONTROL, "<n>", "<|tab|>", "<|blank_5|>", " ", "\n", "\t")), EVERYTHING))
+TYPED = TYPED.map("".join)
+quick = settings(max_examples=60, deadline=None)
+
+
+def control_ids(tokenizer):
+    return {tokenizer.convert_tokens_to_ids(token) for token in CONTROL}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("token", CONTROL)
+def test_control_token_typed_in_a_chat_is_spelled_out(tokenizers, variant, token):
+    tokenizer = tokenizers(variant)
+    ids = tokenizer.build_chat_input_ids(f"what is {token} good for", [(f"{token}", f"a {token} b")])
+    assert control_ids(tokenizer).isdisjoint(ids[:-2])
+    assert tokenizer.decode(ids).count(token) == 3
+    assert ids[-2:] == [tokenizer.gmask_token_id, tokenizer.bos_token_id]
+
+
+@quick
+@given(query=TYPED, rounds=st.lists(st.tuples(TYPED, TYPED), max_size=3))
+def test_chat_ids_hold_control_tokens_only_at_the_end(tiny, query, rounds):
+    ids = tiny.build_chat_input_ids(query, rounds)
+    assert control_ids(tiny).isdisjoint(ids[:-2])
+    assert ids == [*tiny.encode_text(tiny.build_prompt(query, rounds)), tiny.gmask_token_id, tiny.bos_token_id]
+
+
+def test_plain_encoding_still_parses_control_tokens_as_the_original_does(tiny):
+    assert tiny.mask_token_id in tiny("a [MASK] b")["input_ids"]
+    spelled = tiny("a [MASK] b", split_special_tokens=True)["input_ids"]
+    assert spelled == tiny.build_inputs_with_special_tokens(tiny.encode_text("a [MASK] b"))
+    assert tiny.mask_token_id not in spelled
+
+
+def test_blank_is_filled_from_mask_and_sop_without_gmask(tiny):
+    ids = tiny.build_blank_input_ids("凡事预则立，[MASK] <eop>")
+    assert ids.count(tiny.mask_token_id) == 1 and ids[-1] == tiny.bos_token_id
+    assert tiny.gmask_token_id not in ids and tiny.eos_token_id not in ids
+    official = tiny("凡事预则立，  [MASK]\n不预则废")["input_ids"]
+    assert tiny.build_blank_input_ids("凡事预则立，  [MASK]\n不预则废") == official[:-2] + official[-1:]
+    with pytest.raises(ValueError, match=r"no \[MASK\]"):
+        tiny.build_blank_input_ids("nothing to fill")
+
+
+# ---- conversations -------------------------------------------------------------------------------------------
+def test_prompts_have_the_original_text_and_ids(tiny, golden):
+    cases = json.loads((golden / "model/chat2d/cases.json").read_text())["cases"]
+    cases = [case for case in cases if case["kind"] == "chat" and case.get("input_ids")]
+    assert len(cases) >= 8
+    for case in cases:
+        history = [tuple(pair) for pair in case["history"] or []]
+        assert tiny.build_prompt(case["query"], history) == case["prompt"]
+        assert tiny.build_chat_input_ids(case["query"], history) == case["input_ids"]
+        assert tiny.build_chat_input_ids(case["query"], as_messages(history)) == case["input_ids"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_golden_round_prompt_comes_from_its_history(tokenizers, variant):
+    text = "[Round 0]\n问：hi\n答：hello\n[Round 1]\n问：  空格  \n答："
+    want = next(case for case in GOLDEN["strings"] if case["text"] == text)
+    assert tokenizers(variant).build_chat_input_ids("  空格  ", [("hi", "hello")]) == want[variant]["input_ids"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_answered_conversation_is_the_original_training_example(tokenizers, variant):
+    tokenizer = tokenizers(variant)
+    for case in GOLDEN["pairs"]:
+        want = case[variant]["train_input_ids"]
+        ids = list(tokenizer.apply_chat_template([(case["a"], case["b"])], return_dict=False))
+        assert ids == want[: len(ids)] and set(want[len(ids) :]) <= {tokenizer.pad_token_id}
+
+
+def as_messages(pairs, query=None, system=None):
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    for asked, answered in pairs:
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    return messages + ([{"role": "user", "content": query}] if query is not None else [])
+
+
+def template_text(messages, add_generation_prompt):
+    """The text that chat_template.jinja gives, in the environment that transformers renders it in."""
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+
+    def raise_exception(message):
+        raise TemplateError(message)
+
+    environment.globals["raise_exception"] = raise_exception
+    template = environment.from_string((ROOT / "chat_template.jinja").read_text())
+    return template.render(messages=messages, add_generation_prompt=add_generation_prompt)
+
+
+@quick
+@given(query=EVERYTHING, rounds=st.lists(st.tuples(EVERYTHING, EVERYTHING), max_size=4), system=st.none() | EVERYTHING)
+def test_template_file_renders_what_build_prompt_says(tiny, query, rounds, system):
+    history, messages = as_messages(rounds, system=system), as_messages(rounds, query, system)
+    prompt = tiny.build_prompt(query, history)
+    assert template_text(messages, True) == prompt
+    if system is None:
+        assert tiny.build_prompt(query, rounds) == prompt
+    for one, flag in ((messages, True), (messages, False), (messages[:-1], False)):
+        if one and one[-1]["role"] != "system":
+            text = tiny.apply_chat_template(one, tokenize=False, add_generation_prompt=flag)
+            assert template_text(one, flag) == text
+
+
+@pytest.mark.parametrize("roles", ["assistant", "user user", "user system", "user assistant assistant", "tool"])
+def test_template_file_and_tokenizer_refuse_the_same_roles(tiny, roles):
+    messages = [{"role": role, "content": "x"} for role in roles.split()]
+    with pytest.raises(TemplateError, match="in turn"):
+        template_text(messages, False)
+    with pytest.raises(ValueError, match="in turn"):
+        tiny.apply_chat_template(messages)
+
+
+def test_system_message_leads_the_first_query(tiny):
+    assert tiny.build_prompt("q", [{"role": "system", "content": "s"}]) == "s\nq"
+    history = as_messages([("q0", "a0")], system="s")
+    assert tiny.build_prompt("q1", history) == tiny.build_prompt("q1", [("s\nq0", "a0")])
+
+
+@pytest.mark.parametrize("rounds", [[], [("你好", "你好！")], [("a", "b\n"), ("", "  c")]])
+def test_chat_template_gives_the_ids_of_chat(tiny, rounds):
+    ids = tiny.build_chat_input_ids("再见", rounds)
+    for conversation in (as_messages(rounds, "再见"), [*rounds, ("再见", None)]):
+        options = {"add_generation_prompt": True}
+        assert tiny.apply_chat_template(conversation, return_dict=False, **options) == ids
+        encoded = tiny.apply_chat_template(conversation, return_dict=True, return_tensors="np", **options)
+        assert encoded["input_ids"].tolist() == [ids] and encoded["attention_mask"].tolist() == [[1] * len(ids)]
+        assert tiny.apply_chat_template(conversation, tokenize=False, **options) == tiny.build_prompt("再见", rounds)
+
+
+def test_chat_template_returns_what_the_installed_transformers_returns(tiny):
+    returned = tiny.apply_chat_template(as_messages([], "hi"), add_generation_prompt=True)
+    if hasattr(PreTrainedTokenizer, "_batch_encode_plus"):  # 4.x
+        assert returned == tiny.build_chat_input_ids("hi")
+    else:
+        assert isinstance(returned, BatchEncoding) and returned["input_ids"] == tiny.build_chat_input_ids("hi")
+
+
+def test_batch_of_conversations_is_padded_on_the_left(tiny):
+    batch = [as_messages([], "hi"), as_messages([("hi", "hello")], "and you")]
+    rows = [tiny.build_chat_input_ids("hi"), tiny.build_chat_input_ids("and you", [("hi", "hello")])]
+    options = {"add_generation_prompt": True, "return_dict": True}
+    assert tiny.apply_chat_template(batch, **options)["input_ids"] == rows
+    padded = tiny.apply_chat_template(batch, padding=True, return_tensors="np", **options)
+    assert padded["input_ids"].tolist() == [[3] * (len(rows[1]) - len(rows[0])) + rows[0], rows[1]]
+    assert padded["attention_mask"].sum(1).tolist() == [len(row) for row in rows]
+    kwargs = {"tokenizer_kwargs": {"pad_to_multiple_of": 16}}
+    assert (
+        tiny.apply_chat_template(batch, padding=True, return_tensors="np", **kwargs, **options)["input_ids"].shape[1]
+        % 16
+        == 0
+    )
+
+
+def test_truncated_conversation_still_calls_for_an_answer(tiny):
+    options = {"add_generation_prompt": True, "return_dict": False}
+    whole = tiny.apply_chat_template([("one two three four", None)], **options)
+    cut = tiny.apply_chat_template([("one two three four", None)], truncation=True, max_length=8, **options)
+    assert cut == whole[:6] + whole[-2:]
+
+
+def test_flags_decide_how_a_conversation_ends(tiny):
+    asked, answered = as_messages([], "hi"), as_messages([("hi", "hello")])
+    ids = {
+        name: tiny.apply_chat_template(messages, return_dict=False, **flags)
+        for name, messages, flags in (
+            ("query", asked, {}),
+            ("prompt", asked, {"add_generation_prompt": True}),
+            ("open", answered, {"continue_final_message": True}),
+            ("closed", answered, {}),
+        )
+    }
+    assert ids["query"] == tiny.encode_text("hi")
+    assert ids["prompt"] == tiny.build_chat_input_ids("hi")
+    assert ids["open"] == ids["prompt"] + tiny.encode_text("hello")
+    assert ids["closed"] == ids["open"] + [tiny.eos_token_id]
+    with pytest.raises(ValueError, match="ends with an answer"):
+        tiny.apply_chat_template(answered, add_generation_prompt=True)
+    with pytest.raises(ValueError, match="ends with a query"):
+        tiny.apply_chat_template(asked, continue_final_message=True)
+
+
+@pytest.mark.skipif(not hasattr(PreTrainedTokenizer, "apply_chat_template"), reason="transformers < 4.34")
+def test_template_of_the_user_is_left_to_transformers(tiny):
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }};{% endfor %}"
+    messages = as_messages([("hi", "hello")])
+    assert tiny.apply_chat_template(messages, chat_template=template, tokenize=False) == "user: hi;assistant: hello;"
+    own = copy.deepcopy(tiny)
+    own.chat_template = template
+    assert own.apply_chat_template(messages, tokenize=False) == "user: hi;assistant: hello;"
+    ids = own.apply_chat_template(messages)
+    assert tiny.decode(ids if isinstance(ids, list) else ids["input_ids"]) == "user: hi;assistant: hello;"
+
+
+@pytest.mark.parametrize(
+    "history, message",
+    [
+        (["hi"], "Round 0 is 'hi'"),
+        ([("hi",)], "Round 0"),
+        ([("hi", "a"), ("b", None)], "ends with the query 'b'"),
+        ([("hi", None), ("b", "c")], "answer of round 0 is None"),
+        ([(1, "a")], "query of round 0 is 1"),
+        ([{"role": "user", "content": "hi"}], "ends with the query 'hi'"),
+        ([{"role": "user"}], "Message 0"),
+        ([{"role": "user", "content": "hi"}, ("a", "b")], "Message 1"),
+        ([{"role": "user", "content": ["hi"]}], "content of message 0"),
+        ([{"role": "assistant", "content": "hi"}], "'assistant' where 'user' is due"),
+        (7, "history is 7"),
+        ("hi", "history is 'hi'"),
+    ],
+)
+def test_history_of_another_shape_is_refused_by_name(tiny, history, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.build_chat_input_ids("q", history)
+
+
+@pytest.mark.parametrize("query", [None, 3, b"hi", ["hi"]])
+def test_query_that_is_no_text_is_refused(tiny, query):
+    with pytest.raises(ValueError, match="not a str"):
+        tiny.build_chat_input_ids(query)
+    with pytest.raises(ValueError, match="not a str"):
+        tiny.encode_text(query)
+
+
+@pytest.mark.parametrize("conversation", [[], "hi", None, [[]], as_messages([], system="s")])
+def test_conversation_without_a_query_is_refused(tiny, conversation):
+    with pytest.raises(ValueError, match="[Cc]onversation"):
+        tiny.apply_chat_template(conversation)
+
+
+# ---- files ---------------------------------------------------------------------------------------------------
+def test_saved_tokenizer_loads_and_encodes_the_same(tiny, tmp_path):
+    tiny.save_pretrained(str(tmp_path))
+    again = ChatGLMTokenizer.from_pretrained(str(tmp_path))
+    text = "你好  a [MASK] b\n\t[gMASK]x"
+    assert again(text)["input_ids"] == tiny(text)["input_ids"]
+    assert (tmp_path / "ice_text.model").read_bytes() == Path(tiny.vocab_file).read_bytes()
+
+
+def test_save_vocabulary_takes_a_prefix(tiny, tmp_path):
+    (path,) = tiny.save_vocabulary(str(tmp_path), "my")
+    assert Path(path) == tmp_path / "my-ice_text.model"
+    assert ChatGLMTokenizer(path)("你好")["input_ids"] == tiny("你好")["input_ids"]
+
+
+def test_first_release_file_is_completed_in_memory_and_on_save(load, golden, tiny, tmp_path):
+    """Its tokenizer_config.json names no number of image tokens, and </s> as eos; the model stops at <eop>."""
+    tokenizer = load(golden / "tiny_sp_preslim.model", num_image_tokens=None, eos_token="</s>", eop_token="<eop>")
+    assert tokenizer.num_image_tokens == 20000
+    text = "你好  a [MASK] b\n\t龘"
+    assert tokenizer(text)["input_ids"] == [index + 20000 for index in tiny(text)["input_ids"]]
+    assert tokenizer.eos_token_id == tiny.eos_token_id + 20000
+    tokenizer.save_pretrained(str(tmp_path))
+    completed = complete_sentencepiece((golden / "tiny_sp_preslim.model").read_bytes())
+    assert (tmp_path / "ice_text.model").read_bytes() == completed
+    assert ChatGLMTokenizer.from_pretrained(str(tmp_path))(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
+def test_official_settings_file_does_not_make_gmask_parsed(load, tiny_sp_model, tiny):
+    """It names gmask_token and end_token, which transformers 5 takes for special tokens."""
+    tokenizer = load(tiny_sp_model, gmask_token="[gMASK]", end_token="</s>")
+    assert tokenizer("[gMASK] </s>")["input_ids"] == tiny("[gMASK] </s>")["input_ids"]
+    assert sorted(tokenizer.all_special_tokens) == sorted(tiny.all_special_tokens)
+    assert (tokenizer.gmask_token_id, tokenizer.end_token_id) == (tiny.gmask_token_id, tiny.end_token_id)
+
+
+def test_completed_first_release_file_is_the_final_file(golden):
+    """But for the name that its training run had, and the length of the settings that hold it."""
+    final = (golden / "tiny_sp.model").read_bytes()
+    completed = complete_sentencepiece((golden / "tiny_sp_preslim.model").read_bytes())
+    assert completed.replace(b"\x128\x12\x0ftiny_sp_preslim", b"\x120\x12\x07tiny_sp") == final
+    assert complete_sentencepiece(final) == final
+    assert complete_sentencepiece(completed) == completed
+
+
+def test_completed_real_first_release_file_has_the_published_hash(real_sp_model):
+    first_release = real_sp_model.with_name("ice_text.preslim.model")
+    if not first_release.is_file():
+        pytest.skip(f"no {first_release.name} beside {real_sp_model}")
+    completed = complete_sentencepiece(first_release.read_bytes())
+    assert hashlib.sha256(completed).hexdigest() == "5e974d9a69c242ce014c88c2b26089270f6198f3c0b700a887666cd3e816f17e"
+    assert completed == real_sp_model.read_bytes()
+
+
+PIECE_END = b"\x15\0\0\0\0\x18"  # score 0.0, then the type
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda model: b"", "begins with"),
+        (lambda model: b"version https://git-lfs.github.com/spec/v1\noid sha256:5e97\n", "no SentencePiece model"),
+        (lambda model: model[:1000], "cut off"),
+        (lambda model: model[:-1000], "ice_text.model"),
+        (lambda model: model.replace(b"<n>", b"<N>"), "begins with"),
+        (lambda model: model.replace(b"<dBLOCK>", b"<dbLOCK>"), "343 of the 344"),
+        (lambda model: model.replace(b"<0xFE>", b"<0xFf>"), "343 of the 344"),
+        (lambda model: model.replace(b"<sop>" + PIECE_END + b"\3", b"<sop>" + PIECE_END + b"\4"), "344 of the 344"),
+    ],
+    ids=["empty", "pointer", "cut", "short", "other-family", "without-control", "without-byte", "wrong-type"],
+)
+def test_file_that_is_no_ice_text_model_is_refused(tiny_sp_model, tmp_path, spoil, message):
+    spoiled = spoil(tiny_sp_model.read_bytes())
+    with pytest.raises(ValueError, match=message):
+        complete_sentencepiece(spoiled)
+    path = tmp_path / "ice_text.model"
+    path.write_bytes(spoiled)
+    with pytest.raises(ValueError, match="download it again"):
+        ChatGLMTokenizer(str(path))
+
+
+def test_missing_vocabulary_is_said_in_one_line_with_its_cure(tmp_path, tiny_sp_model):
+    folder = model_folder(tmp_path, tiny_sp_model)
+    (folder / "ice_text.model").unlink()
+    with pytest.raises(Exception, match="python slim.py THUDM/chatglm-6b OUT") as error:
+        AutoTokenizer.from_pretrained(str(folder), trust_remote_code=True)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda tokenizer: pickle.loads(pickle.dumps(tokenizer))])
+def test_copies_and_pickles_work_like_the_tokenizer(tiny_sp_model, clone):
+    tokenizer = ChatGLMTokenizer(str(tiny_sp_model), num_image_tokens=20000)
+    tokenizer.add_tokens(["<mine>"])
+    cloned, text = clone(tokenizer), "你好  a [MASK] b <mine>"
+    assert cloned(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert cloned.decode(tokenizer(text)["input_ids"]) == tokenizer.decode(tokenizer(text)["input_ids"])
+
+
+# ---- tokens added by the user --------------------------------------------------------------------------------
+@pytest.mark.parametrize("offset", [0, 20000])
+def test_added_tokens_are_parsed_saved_and_decoded(tiny_sp_model, tmp_path, offset):
+    tokenizer = ChatGLMTokenizer(str(tiny_sp_model), num_image_tokens=offset)
+    assert tokenizer.add_tokens(["<mine>", "龘龘"]) == 2
+    assert tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>"]}) == 1
+    tokenizer.save_pretrained(str(tmp_path))
+    for one in (tokenizer, ChatGLMTokenizer.from_pretrained(str(tmp_path))):
+        assert len(one) == tokenizer.vocab_size + 3
+        ids = one.encode("a<mine> 龘龘 b<tool>c", add_special_tokens=False)
+        new = [index for index in ids if index >= one.vocab_size]
+        assert one.convert_ids_to_tokens(new) == ["<mine>", "龘龘", "<tool>"]
+        assert one.decode(ids) == "a <mine> 龘龘 b <tool> c"
+        assert one.decode(ids, skip_special_tokens=True) == "a <mine> 龘龘 b c"
+        assert one.decode(ids, spaces_between_special_tokens=False) == "a<mine>龘龘b<tool>c"
+        assert set(one.get_vocab().values()) == set(range(len(one)))
+
+
+# ---- bad input, odd input, much input ------------------------------------------------------------------------
+@pytest.mark.parametrize("encode", ["__call__", "encode", "encode_text", "tokenize", "build_chat_input_ids"])
+def test_lone_surrogate_is_named(tiny, encode):
+    with pytest.raises(ValueError, match="lone surrogate"):
+        getattr(tiny, encode)(SURROGATE)
+    if encode == "__call__":
+        with pytest.raises(ValueError, match="lone surrogate"):
+            tiny(["fine"] * 100 + [SURROGATE])
+
+
+@pytest.mark.parametrize("text", [None, 3, 1.5, b"hi", ["fine", None], [3.5], {"a": "b"}])
+def test_what_is_no_text_is_refused(tiny, text):
+    with pytest.raises((ValueError, TypeError)):
+        tiny(text)
+
+
+def test_decode_takes_every_form_of_ids(tiny):
+    ids = tiny.encode_text("你好  x")
+    for form in (
+        ids,
+        tuple(ids),
+        np.array(ids),
+        torch.tensor(ids),
+        [np.int64(i) for i in ids],
+        list(torch.tensor(ids)),
+    ):
+        assert tiny.decode(form) == "你好  x"
+    for form in (ids[1], np.int64(ids[1]), torch.tensor(ids[1])):
+        assert tiny.decode(form) == tiny.decode([ids[1]])
+    for batch in ([ids, ids], np.array([ids, ids]), torch.tensor([ids, ids]), [torch.tensor(ids), torch.tensor(ids)]):
+        assert tiny.batch_decode(batch) == ["你好  x"] * 2
+    assert tiny.batch_decode([]) == []
+    assert tiny.decode([]) == ""
+
+
+def test_ids_without_a_piece_print_nothing(tiny):
+    ids = tiny.encode_text("你好")
+    assert tiny.decode([*ids, tiny.vocab_size, tiny.vocab_size + 183, -100]) == "你好"
