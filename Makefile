@@ -4,7 +4,7 @@
 # make tiny   train the checkpoint in tiny/ again
 # make clean  remove the environment and everything that was built
 #
-# Needs python3 with its venv module, and make. Everything goes into .venv; nothing else on the machine is touched.
+# Needs python3 with its venv module, and make. Everything is installed into .venv.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -26,7 +26,7 @@ chat: $(RUNTIME)
 	@exec $(BIN)/python cli_chat.py --model "$(MODEL)" $(if $(DTYPE),--dtype $(DTYPE)) $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest $(TESTS)
+	HF_HUB_OFFLINE=1 HF_MODULES_CACHE=$(VENV)/modules $(BIN)/python -m pytest $(TESTS)
 
 lint: $(DEV)
 	$(BIN)/ruff format --check .

@@ -21,6 +21,7 @@ import torch
 HELP = "clear: forget the conversation · stop or Ctrl-D: leave · Ctrl-C: stop an answer\n清空对话: clear · 退出: stop"
 ASK, ANSWER = "\nYou> ", "ChatGLM> "
 CLEAR_SCREEN = "\x1b[2J\x1b[3J\x1b[H"  # screen, scroll-back, cursor home
+ANSWER_ROOM = 256  # tokens; a long conversation loses its oldest rounds before it loses these
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # What `process_response` may still change when more text arrives: a mark that becomes full-width before a Chinese
 # character, and the beginning of the placeholder of the training date.
@@ -63,6 +64,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def sampling(options: argparse.Namespace) -> dict:
     """The keyword arguments of `stream_chat` that the options ask for."""
     chosen = {"max_length": options.max_length, "do_sample": not options.greedy}
+    chosen["answer_room"] = min(ANSWER_ROOM, options.max_length // 2)
     if not options.greedy:
         chosen.update(top_p=options.top_p, temperature=options.temperature)
     if options.repetition_penalty != 1.0:

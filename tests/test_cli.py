@@ -229,5 +229,6 @@ def test_control_characters_never_reach_the_terminal():
 def test_sampling_options_reach_the_model():
     given = ["--top-p", "0.5", "--temperature", "1.5", "--repetition-penalty", "1.1", "--max-length", "99"]
     expected = {"max_length": 99, "do_sample": True, "top_p": 0.5, "temperature": 1.5, "repetition_penalty": 1.1}
-    assert cli_chat.sampling(cli_chat.parse(given)) == expected
-    assert cli_chat.sampling(cli_chat.parse(["--greedy"])) == {"max_length": 2048, "do_sample": False}
+    assert cli_chat.sampling(cli_chat.parse(given)) == {**expected, "answer_room": 49}
+    greedy = {"max_length": 2048, "do_sample": False, "answer_room": cli_chat.ANSWER_ROOM}
+    assert cli_chat.sampling(cli_chat.parse(["--greedy"])) == greedy
