@@ -1,0 +1,486 @@
+"""The CUDA kernels, proven without a GPU: compiled by NVRTC, and run on the CPU behind an emulated driver.
+
+Everything goes the way it goes on a GPU: unmodified cpm_kernels finds the (emulated) driver, NVRTC makes a cubin,
+LazyKernelCModule loads it, KernelFunction launches. Only then the emulation runs the same source, compiled by g++.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import ctypes.util
+import importlib.util
+import logging
+import os
+import sys
+import threading
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from chatglm_slim import cuda_kernels
+from chatglm_slim.quantization import dequantize_weight
+from cuda_emulation import build, checks, nvrtc_table
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+needs_nvrtc = pytest.mark.skipif(
+    not nvrtc_table.wheels(), reason="NVRTC is missing: pip install nvidia-cuda-nvrtc-cu12 nvidia-cuda-nvrtc"
+)
+needs_compilers = pytest.mark.skipif(
+    not (build.COMPILER and nvrtc_table.wheels()),
+    reason="g++ or NVRTC is missing: apt install g++; pip install nvidia-cuda-nvrtc-cu12 nvidia-cuda-nvrtc",
+)
+FLOATS = checks.FLOATS
+
+
+@pytest.fixture(scope="module")
+def toolkit(tmp_path_factory) -> Path:
+    """The emulated driver, as a CUDA toolkit for $CUDA_PATH."""
+    logging.getLogger("cpm_kernels.library.base").setLevel(logging.ERROR)  # it lists what the emulation leaves out
+    folder = tmp_path_factory.mktemp("cuda")
+    build.build(cuda_kernels.SOURCE, folder)
+    return folder
+
+
+@pytest.fixture
+def emulated(toolkit, monkeypatch) -> ctypes.CDLL:
+    """Two emulated GPUs in front of an unused seam; the driver itself, to ask what was launched."""
+    driver = ctypes.CDLL(str(toolkit / "lib64" / "libcuda.so"))
+    driver.emulatedLastKernel.restype = ctypes.c_char_p
+
+    @contextlib.contextmanager
+    def on(device):
+        driver.cudaSetDevice(device.index or 0)
+        yield
+        driver.cudaSetDevice(0)
+
+    monkeypatch.setenv("CUDA_PATH", str(toolkit))
+    monkeypatch.setenv("EMULATED_DEVICES", "2")
+    monkeypatch.setattr(cuda_kernels, "_is_served", lambda tensor: True)
+    monkeypatch.setattr(cuda_kernels, "_capability", lambda device: (8, 0))
+    monkeypatch.setattr(cuda_kernels, "_on", on)
+    monkeypatch.setattr(cuda_kernels, "_stream", lambda device: 0x5EED)
+    monkeypatch.setattr(cuda_kernels, "_loaded", {})
+    cuda_kernels._cpm_kernels.cache_clear()
+    cuda_kernels._warn_once.cache_clear()
+    for name in [name for name in sys.modules if name.split(".")[0] == "cpm_kernels"]:
+        monkeypatch.delitem(sys.modules, name)
+    return driver
+
+
+@pytest.fixture(scope="module")
+def ready():
+    """Kernels that are loaded once for all tests of numbers."""
+    return {}
+
+
+@pytest.fixture
+def kernels(emulated, ready, monkeypatch):
+    monkeypatch.setattr(cuda_kernels, "_loaded", ready)
+    return cuda_kernels._kernels_for(torch.zeros(1))
+
+
+# ---- compilation ----------------------------------------------------------------------------------------------------
+
+
+@needs_nvrtc
+def test_every_target_compiles_without_spills_and_with_at_most_96_registers():
+    results = list(nvrtc_table.compile_all(cuda_kernels.SOURCE))
+    print("\n" + nvrtc_table.table(results))
+    for result in results:
+        assert set(result.registers) == set(build.kernel_names())
+        assert not any(result.spilled.values()), f"NVRTC {result.nvrtc} spills on {result.target}: {result.spilled}"
+        assert max(result.registers.values()) <= 96
+    newest = {result.target for result in results}
+    assert {"sm_75", "sm_80", "sm_86", "sm_89", "sm_90"} <= newest
+
+
+# ---- numbers --------------------------------------------------------------------------------------------------------
+
+
+@needs_compilers
+@pytest.mark.parametrize("bits", [8, 4])
+def test_compression_reproduces_the_golden_figures(kernels, golden, bits):
+    figures = load_file(golden / "quantization.safetensors")
+    cases = sorted({name.split(".")[0] for name in figures if name.endswith(".w")})
+    assert len(cases) >= 4
+    for case in cases:
+        packed, scale = cuda_kernels.quantize(figures[f"{case}.w"], bits)
+        assert torch.equal(packed, figures[f"{case}.int{bits}.weight"]), case
+        assert torch.equal(scale, figures[f"{case}.int{bits}.scale"]), case
+
+
+@needs_compilers
+@pytest.mark.parametrize("bits", [8, 4])
+def test_extraction_reproduces_the_golden_figures(kernels, golden, bits):
+    figures = load_file(golden / "quantization.safetensors")
+    for case in sorted({name.split(".")[0] for name in figures if name.endswith(".w")}):
+        weight, scale = figures[f"{case}.int{bits}.weight"], figures[f"{case}.int{bits}.scale"]
+        for dtype, name in ((torch.float16, "dequant_half"), (torch.float32, "dequant_float")):
+            out = cuda_kernels.dequantize(weight.clone(), scale, bits, dtype)
+            assert checks.same_bits(out, figures[f"{case}.int{bits}.{name}"]), case
+
+
+@needs_compilers
+@pytest.mark.parametrize("at_end", [True, False], ids=["guarded-end", "guarded-start"])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_compression_equals_pytorch_bit_for_bit_on_odd_shapes_and_odd_numbers(kernels, bits, dtype, at_end):
+    generator = torch.Generator().manual_seed(3)
+    checks.check_quantize(kernels, checks.edge_weights(dtype), bits, at_end)
+    for rows, columns in ((1, 2), (5, 6), (3, 258), (2, 1030), (1, 4096)):
+        checks.check_quantize(kernels, torch.randn(rows, columns, generator=generator).to(dtype), bits, at_end)
+    if bits == 8:
+        checks.check_quantize(kernels, torch.randn(3, 257, generator=generator).to(dtype), bits, at_end)
+
+
+@needs_compilers
+@pytest.mark.parametrize("at_end", [True, False], ids=["guarded-end", "guarded-start"])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_extraction_equals_pytorch_bit_for_bit_for_every_scale_type_and_group(kernels, bits, dtype, at_end):
+    for scale_dtype in FLOATS:
+        for rows, columns, groups in ((1, 2, 1), (3, 70, 1), (2, 264, 1), (3, 256, 8), (2, 256, 2), (1, 4096, 32)):
+            checks.check_dequantize(kernels, rows, columns, bits, groups, scale_dtype, dtype, at_end)
+
+
+@needs_compilers
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_products_stay_within_the_bound_for_every_number_of_rows(kernels, bits, dtype):
+    for m in range(1, cuda_kernels.FUSED_ROWS + 1):
+        for rows, columns in ((1, 32), (9, 33 * checks.CHUNK[bits])):
+            checks.check_linear(kernels, m, rows, columns, bits, 1, dtype, dtype, at_end=m % 2 == 0)
+
+
+@needs_compilers
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_products_stay_within_the_bound_with_group_scales_of_every_type(kernels, bits, dtype):
+    for scale_dtype in FLOATS:
+        for group in (32, 64, 128):
+            for m in (1, 5):
+                checks.check_linear(kernels, m, 10, 640, bits, 640 // group, scale_dtype, dtype)
+
+
+@needs_compilers
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_product_of_the_full_width_stays_within_the_bound(kernels, bits):
+    checks.check_linear(kernels, 1, 12, 16384, bits, 1, torch.float16, torch.float16)
+
+
+@needs_compilers
+@pytest.mark.parametrize("seed", range(5))
+def test_no_result_depends_on_the_order_of_the_threads(kernels, monkeypatch, seed):
+    monkeypatch.setenv("EMULATED_SEED", str(seed))
+    checks.check_everything(kernels)
+
+
+# ---- what quantization.py calls -------------------------------------------------------------------------------------
+
+
+@needs_compilers
+@pytest.mark.parametrize("bits", [8, 4])
+def test_few_rows_are_fused_and_many_are_multiplied_with_the_dequantized_matrix(kernels, emulated, bits):
+    weight, scale = checks.random_weight(24, 96, bits, 1, torch.float32)
+    matrix = dequantize_weight(weight, scale, bits, torch.float32)
+    for shape, kernel in (
+        ((1, 96), f"linear{bits}_float_1"),
+        ((2, 96), f"linear{bits}_float_4"),
+        ((2, 8, 96), f"linear{bits}_float_4"),
+        ((17, 96), f"dequantize{bits}_float"),
+        ((3, 7, 96), f"dequantize{bits}_float"),
+    ):
+        x = torch.randn(shape)
+        y = cuda_kernels.linear(x, weight, scale, bits)
+        assert emulated.emulatedLastKernel().decode() == kernel
+        torch.testing.assert_close(y, F.linear(x, matrix))
+
+
+@needs_compilers
+@pytest.mark.parametrize("bits", [8, 4])
+def test_odd_widths_go_through_the_dequantized_matrix(kernels, emulated, bits):
+    weight, scale = checks.random_weight(5, 70, bits, 1, torch.float32)
+    x = torch.randn(1, 70)
+    y = cuda_kernels.linear(x, weight, scale, bits)
+    assert emulated.emulatedLastKernel().decode() == f"dequantize{bits}_float"
+    torch.testing.assert_close(y, F.linear(x, dequantize_weight(weight, scale, bits, torch.float32)))
+
+
+@needs_compilers
+def test_activations_that_are_not_contiguous_or_not_aligned_give_the_same_product(kernels):
+    weight, scale = checks.random_weight(8, 64, 8, 1, torch.float16)
+    x = torch.randn(64, 3).half()
+    expected = cuda_kernels.linear(x.T.contiguous(), weight, scale, 8)
+    assert torch.equal(cuda_kernels.linear(x.T, weight, scale, 8), expected)
+    unaligned = torch.empty(3 * 64 + 1, dtype=torch.float16)[1:].view(3, 64).copy_(x.T)
+    torch.testing.assert_close(cuda_kernels.linear(unaligned, weight, scale, 8), expected, rtol=4e-3, atol=4e-3)
+
+
+@needs_compilers
+def test_a_batch_without_rows_launches_nothing(kernels, emulated):
+    weight, scale = checks.random_weight(8, 64, 8, 1, torch.float16)
+    launches = emulated.emulatedLaunchCount()
+    assert cuda_kernels.linear(torch.empty(0, 64).half(), weight, scale, 8).shape == (0, 8)
+    assert emulated.emulatedLaunchCount() == launches
+
+
+@needs_compilers
+def test_layouts_that_only_pytorch_serves_give_none(kernels):
+    weight, scale = checks.random_weight(8, 96, 8, 1, torch.float16)
+    x = torch.randn(1, 96).half()
+    assert cuda_kernels.linear(x, weight.T.contiguous().T, scale, 8) is None
+    assert cuda_kernels.linear(x, torch.zeros(8 * 96 + 1, dtype=torch.int8)[1:].view(8, 96), scale, 8) is None
+    assert cuda_kernels.linear(x, weight, torch.ones(8, 4).half(), 8) is None  # groups of 24
+    assert cuda_kernels.linear(x.double(), weight, scale, 8) is None
+    assert cuda_kernels.linear(x, weight, scale.double(), 8) is None
+    assert cuda_kernels.dequantize(weight, scale, 8, torch.float64) is None
+    assert cuda_kernels.quantize(torch.randn(2, 4).double(), 8) is None
+
+
+@needs_compilers
+def test_where_a_gradient_is_wanted_pytorch_computes(kernels):
+    weight, scale = checks.random_weight(8, 64, 8, 1, torch.float32)
+    x = torch.randn(1, 64, requires_grad=True)
+    assert cuda_kernels.linear(x, weight, scale, 8) is None
+    with torch.no_grad():
+        assert cuda_kernels.linear(x, weight, scale, 8) is not None
+
+
+@needs_compilers
+def test_shapes_that_do_not_fit_are_refused_by_name(kernels):
+    weight, scale = checks.random_weight(8, 64, 8, 1, torch.float32)
+    with pytest.raises(ValueError, match="x has 32 columns, the 8-bit weight 64"):
+        cuda_kernels.linear(torch.randn(1, 32), weight, scale, 8)
+    with pytest.raises(ValueError, match=r"scales \(7,\) do not fit a weight of 8 rows"):
+        cuda_kernels.linear(torch.randn(1, 64), weight, scale[:7], 8)
+    with pytest.raises(ValueError, match="bits 4 or 8"):
+        cuda_kernels.dequantize(weight, scale, 3, torch.float16)
+    with pytest.raises(ValueError, match="not torch.float32"):
+        cuda_kernels.dequantize(weight.float(), scale, 8, torch.float16)
+    with pytest.raises(ValueError, match="cannot pack 7 columns into 4 bits"):
+        cuda_kernels.quantize(torch.randn(2, 7), 4)
+
+
+@needs_compilers
+@pytest.mark.parametrize(("bits", "largest"), [(8, 127), (4, 7)])
+def test_what_is_compressed_and_extracted_is_the_weight_within_a_rounding_step(kernels, bits, largest):
+    weight = torch.randn(6, 128).half()
+    packed, scale = cuda_kernels.quantize(weight, bits)
+    error = (cuda_kernels.dequantize(packed, scale, bits, torch.float32) - weight.float()).abs()
+    step = weight.float().abs().amax(dim=1, keepdim=True) / largest
+    assert bool((error <= 0.6 * step).all())  # half a step, and float16 in the scale and in the quotient
+
+
+# ---- loading --------------------------------------------------------------------------------------------------------
+
+
+def first_use():
+    """linear on the first tensors that the seam sees, and the warnings that it gives."""
+    weight, scale = checks.random_weight(8, 64, 8, 1, torch.float32)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        y = cuda_kernels.linear(torch.ones(1, 64), weight, scale, 8)
+        again = cuda_kernels.linear(torch.ones(1, 64), weight, scale, 8)
+    assert (y is None) == (again is None)
+    return y, [str(warning.message) for warning in caught]
+
+
+def test_importing_the_file_touches_no_cuda():
+    before = set(sys.modules)
+    spec = importlib.util.spec_from_file_location("fresh_cuda_kernels", cuda_kernels.__file__)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert not {
+        name for name in set(sys.modules) - before if name.startswith(("cpm_kernels", "pkg_resources", "nvidia"))
+    }
+    assert not torch.cuda.is_initialized()
+
+
+def test_tensors_on_the_cpu_are_left_alone(monkeypatch):
+    monkeypatch.setattr(cuda_kernels, "_loaded", {})
+    y, texts = first_use()
+    assert y is None
+    assert texts == []
+    assert cuda_kernels._loaded == {}
+
+
+def test_transformers_does_not_take_cpm_kernels_for_a_requirement():
+    from transformers.dynamic_module_utils import get_imports
+
+    assert "cpm_kernels" not in get_imports(cuda_kernels.__file__)
+
+
+@needs_compilers
+def test_the_first_use_loads_silently_and_leaves_nothing_patched(emulated, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pkg_resources", None)  # as in an environment without it
+    monkeypatch.delitem(sys.modules, "pkg_resources")
+    before = ctypes.util.find_library, os.path.exists, os.environ["PATH"], "pkg_resources" in sys.modules
+    y, texts = first_use()
+    assert y is not None
+    assert texts == []
+    assert (ctypes.util.find_library, os.path.exists, os.environ["PATH"], "pkg_resources" in sys.modules) == before
+
+
+@needs_compilers
+def test_launches_go_to_the_tensors_device_and_to_its_current_stream(emulated):
+    emulated.emulatedLastStream.restype = ctypes.c_void_p
+    for index in (1, 0):
+        device = torch.device("cuda", index)
+        kernels = cuda_kernels._load_or_warn(device)
+        checks.check_linear(kernels, 1, 3, 64, 8, 1, torch.float16, torch.float16)
+        assert emulated.emulatedLastDevice() == index
+        assert emulated.emulatedLastStream() == 0x5EED
+
+
+@needs_compilers
+def test_two_gpus_of_a_kind_are_compiled_for_once(emulated):
+    cuda_kernels._compile.cache_clear()
+    first, second = (cuda_kernels._load_or_warn(torch.device("cuda", index)) for index in (0, 1))
+    assert first is not None
+    assert second is not None
+    assert cuda_kernels._compile.cache_info().misses == 1
+
+
+@needs_compilers
+def test_many_threads_load_once(emulated, monkeypatch):
+    loads = []
+    load = cuda_kernels._load_or_warn
+    monkeypatch.setattr(cuda_kernels, "_load_or_warn", lambda device: loads.append(device) or load(device))
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(first_use_in_thread())) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(loads) == 1
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def first_use_in_thread():
+    weight, scale = checks.random_weight(8, 64, 8, 1, torch.float32)
+    return cuda_kernels.linear(torch.ones(1, 64), weight, scale, 8)
+
+
+@needs_compilers
+def test_a_gpu_newer_than_nvrtc_runs_the_code_of_its_own_generation(emulated, monkeypatch):
+    monkeypatch.setattr(cuda_kernels, "_capability", lambda device: (8, 9 + 2))
+    y, texts = first_use()
+    assert y is not None
+    assert texts == []
+
+
+class Absent:
+    """A finder for sys.meta_path that hides a package."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == self.name:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+@needs_compilers
+def test_a_missing_cpm_kernels_is_named_once_with_its_cure(emulated, monkeypatch):
+    monkeypatch.setattr(sys, "meta_path", [Absent("cpm_kernels"), *sys.meta_path])
+    y, texts = first_use()
+    assert y is None
+    assert len(texts) == 1
+    assert "cpm_kernels is not installed: pip install cpm_kernels." in texts[0]
+
+
+@needs_compilers
+@pytest.mark.parametrize(
+    ("library", "cure"),
+    [("cuda", "install the NVIDIA driver"), ("cudart", "cuda-runtime"), ("nvrtc", "nvidia-cuda-nvrtc-cu12")],
+)
+def test_a_missing_library_is_named_once_with_its_cure(emulated, toolkit, tmp_path, monkeypatch, library, cure):
+    exists = os.path.exists
+    monkeypatch.setattr(os.path, "exists", lambda path: exists(path) and not str(path).startswith("/usr/local/cuda"))
+    monkeypatch.setattr(ctypes.util, "find_library", lambda name: None)
+    pip_library = cuda_kernels._pip_library
+    monkeypatch.setattr(cuda_kernels, "_pip_library", lambda name: None if name == library else pip_library(name))
+    (tmp_path / "lib64").mkdir()
+    for name in {"cuda", "cudart", "cublasLt"} - {library}:
+        (tmp_path / "lib64" / f"lib{name}.so").symlink_to(toolkit / "lib64" / "libcuda.so")
+    monkeypatch.setenv("CUDA_PATH", str(tmp_path))
+    y, texts = first_use()
+    assert y is None
+    assert len(texts) == 1
+    assert f"cannot load lib{library}" in texts[0]
+    assert cure in texts[0]
+
+
+@needs_compilers
+def test_a_gpu_that_nvrtc_does_not_know_is_named_once_with_its_cure(emulated, monkeypatch):
+    monkeypatch.setattr(cuda_kernels, "_capability", lambda device: (3, 5))
+    y, texts = first_use()
+    assert y is None
+    assert len(texts) == 1
+    assert "does not compile for sm_35" in texts[0]
+    assert "compute capability 7.0" in texts[0]
+
+
+@needs_compilers
+def test_a_driver_that_refuses_the_code_is_named_once(emulated, monkeypatch):
+    monkeypatch.setenv("EMULATED_LOAD_ERROR", "209")
+    y, texts = first_use()
+    assert y is None
+    assert len(texts) == 1
+    assert "no kernel image is available" in texts[0]
+
+
+@needs_compilers
+def test_an_import_of_cpm_kernels_that_found_no_libraries_is_done_again(emulated, monkeypatch):
+    useless = SimpleNamespace(cudart=SimpleNamespace(version=0), nvrtc=SimpleNamespace(version=(0, 0)))
+    monkeypatch.setitem(sys.modules, "cpm_kernels", useless)
+    monkeypatch.setitem(sys.modules, "cpm_kernels.library", useless)
+    y, texts = first_use()
+    assert y is not None
+    assert texts == []
+
+
+@needs_compilers
+def test_failing_to_load_leaves_nothing_patched(emulated, monkeypatch):
+    monkeypatch.setattr(sys, "meta_path", [Absent("cpm_kernels"), *sys.meta_path])
+    before = ctypes.util.find_library, os.path.exists, os.environ["PATH"], "pkg_resources" in sys.modules
+    first_use()
+    assert (ctypes.util.find_library, os.path.exists, os.environ["PATH"], "pkg_resources" in sys.modules) == before
+
+
+def test_while_cpm_kernels_is_imported_path_holds_folders_only_and_torchs_own(monkeypatch, tmp_path):
+    (tmp_path / "file.exe").write_text("not a folder")
+    monkeypatch.setenv("PATH", os.pathsep.join([str(tmp_path / "file.exe"), str(tmp_path), str(tmp_path / "gone")]))
+    with cuda_kernels._lent_to_cpm_kernels():
+        entries = os.environ["PATH"].split(os.pathsep)
+    assert all(Path(entry).is_dir() for entry in entries)
+    assert str(tmp_path) in entries
+    assert str(Path(torch.__file__).parent / "lib") in entries
+
+
+def test_pips_libraries_come_before_the_systems_and_torchs_cuda_version_first(monkeypatch, tmp_path):
+    for name in ("libnvrtc.so.12", "libnvrtc.so.13", "libnvrtc-builtins.so.13.0", "libcudart-1a2b3c4d.so.12"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(cuda_kernels, "_library_folders", lambda: [str(tmp_path)])
+    for version, name in (("12.8", "libnvrtc.so.12"), ("13.0", "libnvrtc.so.13")):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        assert cuda_kernels._pip_library("nvrtc") == str(tmp_path / name)
+    assert cuda_kernels._pip_library("cudart") == str(tmp_path / "libcudart-1a2b3c4d.so.12")
+    assert cuda_kernels._pip_library("cublasLt") is None
+    assert cuda_kernels._is_superseded("/usr/local/cuda/lib64/libnvrtc.so")
+    assert not cuda_kernels._is_superseded("/usr/local/cuda/lib64/libcublasLt.so")
+
+
+def test_a_rocm_build_of_pytorch_is_named(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(cuda_kernels, "_is_served", lambda tensor: True)
+    monkeypatch.setattr(cuda_kernels, "_loaded", {})
+    cuda_kernels._cpm_kernels.cache_clear()
+    cuda_kernels._warn_once.cache_clear()
+    y, texts = first_use()
+    assert y is None
+    assert len(texts) == 1
+    assert "ROCm" in texts[0]
