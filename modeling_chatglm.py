@@ -796,7 +796,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         The generation runs in a thread of its own, which ends when this generator does.
         """
         tap = TokenTap()
-        arguments = dict(kwargs, input_ids=input_ids, logits_processor=logits_processor)
+        arguments = dict(kwargs, input_ids=input_ids, logits_processor=logits_processor or LogitsProcessorList())
         arguments["stopping_criteria"] = StoppingCriteriaList([*(stopping_criteria or []), tap])
         optional = {"generation_config": generation_config, "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn}
         arguments.update({name: value for name, value in optional.items() if value is not None})
@@ -916,19 +916,24 @@ class Answer(StoppingCriteria):
 class TokenTap(StoppingCriteria):
     """Hands the ids of each step from the thread that generates to the one that reads.
 
-    A stopping criterion is the one public hook that every transformers version calls after each token, the last too.
+    A stopping criterion is the one public hook that every transformers version calls after each token (below 4.39 not
+    after a last one that another criterion stops at: that comes from the result).
     """
 
     def __init__(self):
-        self.queue, self.stopped = queue.Queue(), False
+        self.queue, self.stopped, self.length = queue.Queue(), False, 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> bool:
         self.queue.put(input_ids)
+        self.length = input_ids.shape[1]
         return self.stopped
 
     def run(self, generate, arguments: dict[str, Any]) -> None:
         try:
-            generate(**arguments)
+            output = generate(**arguments)
+            ids = output if torch.is_tensor(output) else output.sequences
+            if ids.shape[1] > self.length:
+                self.queue.put(ids)
             self.queue.put(None)
         except BaseException as error:  # raised again where the tokens are read
             self.queue.put(error)

@@ -1,0 +1,238 @@
+"""The official format bit for bit, the layers, and whole quantized models."""
+
+import copy
+import json
+
+import pytest
+import torch
+from chatglm_slim.configuration_chatglm import ChatGLMConfig
+from chatglm_slim.modeling_chatglm import ChatGLMForConditionalGeneration
+from chatglm_slim.quantization import (
+    Linear,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    dequantize_weight,
+    linear_layers,
+    pack_int4,
+    quantize_weight,
+    unpack_int4,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+MATRICES = ["edge_9x8", "float_16x32", "half_5x6", "half_64x96", "half_8x16"]
+
+
+@pytest.fixture(scope="module")
+def figures(golden):
+    return load_file(golden / "quantization.safetensors")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("name", MATRICES)
+def test_values_scales_and_products_equal_the_original_bit_for_bit(figures, name, bits):
+    golden = {key.split(".", 2)[-1]: value for key, value in figures.items() if key.startswith(f"{name}.int{bits}.")}
+    weight, scale = quantize_weight(figures[f"{name}.w"], bits)
+    assert torch.equal(scale, golden["scale"]) and torch.equal(weight, golden["weight"])
+    values = unpack_int4(weight) if bits == 4 else weight
+    assert torch.equal(values, golden["values"])
+    assert torch.equal(dequantize_weight(weight, scale, bits, torch.float16), golden["dequant_half"])
+    assert torch.equal(dequantize_weight(weight, scale.float(), bits, torch.float32), golden["dequant_float"])
+    y = figures[f"{name}.x"].float() @ golden["dequant_half"].float().T
+    torch.testing.assert_close(y, golden["y_float_from_dequant_half"], equal_nan=True)
+
+
+def test_every_byte_unpacks_as_in_the_original_and_packs_back(figures):
+    packed = figures["nibble_table.packed"]
+    assert torch.equal(unpack_int4(packed), figures["nibble_table.unpacked"])
+    assert torch.equal(pack_int4(unpack_int4(packed)), packed)
+
+
+@settings(max_examples=50, deadline=None)
+@given(rows=st.integers(1, 5), columns=st.integers(1, 20), seed=st.integers(0, 2**31))
+def test_packing_round_trips(rows, columns, seed):
+    values = torch.randint(-8, 8, (rows, 2 * columns), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
+    assert torch.equal(unpack_int4(pack_int4(values)), values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits, group_size", [(8, 0), (4, 0), (4, 32), (8, 64)])
+def test_error_stays_within_half_a_step(dtype, bits, group_size):
+    weight = torch.randn(24, 128, generator=torch.Generator().manual_seed(1)).to(dtype)
+    quantized, scale = quantize_weight(weight, bits, group_size)
+    back = dequantize_weight(quantized, scale.float(), bits, torch.float32)
+    step = scale.float().reshape(24, -1, 1).expand(-1, -1, group_size or 128).reshape(24, 128)
+    # The original rounds the quotient in the weight's dtype first: a float16 quotient below 128 is up to 1/32 off.
+    # A bfloat16 scale is up to 1/256 off, which the largest values (127 or 7 steps) feel.
+    slack = {torch.float32: 0.07, torch.float16: 0.1, torch.bfloat16: 127 / 256}[dtype]
+    assert ((back - weight.float()).abs() <= step * (0.5 + slack)).all()
+
+
+def test_zero_rows_give_zeros():
+    weight = torch.randn(4, 32).half()
+    weight[2] = 0
+    for bits in (4, 8):
+        back = dequantize_weight(*quantize_weight(weight, bits), bits, torch.float16)
+        assert torch.equal(back[2], torch.zeros(32).half()) and torch.isfinite(back).all()
+
+
+def test_groups_and_searched_scales_lower_the_error():
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(2))
+
+    def error(**options):
+        quantized, scale = quantize_weight(weight, 4, **options)
+        return (dequantize_weight(quantized, scale.float(), 4, torch.float32) - weight).square().mean().item()
+
+    assert error(group_size=32) < error(group_size=128) < error()
+    assert error(search=True) < error() and error(group_size=32, search=True) < error(group_size=32)
+
+
+def test_odd_widths_unknown_bits_and_groups_are_refused_by_name():
+    with pytest.raises(ValueError, match="in_features = 7: INT4"):
+        quantize_weight(torch.zeros(2, 7), 4)
+    with pytest.raises(ValueError, match="3 bits"):
+        quantize_weight(torch.zeros(2, 8), 3)
+    with pytest.raises(ValueError, match="in_features = 48 is not a multiple of group_size = 32"):
+        quantize_weight(torch.zeros(2, 48), 4, 32)
+    with pytest.raises(ValueError, match="7 columns"):
+        pack_int4(torch.zeros(2, 7, dtype=torch.int8))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_golden_checkpoint_gives_the_golden_logits_and_answer(golden, bits):
+    folder = golden / "model" / f"quant{bits}"
+    case = json.loads((folder / "cases.json").read_text(encoding="utf-8"))
+    model = ChatGLMForConditionalGeneration.from_pretrained(folder).eval()
+    assert model.dtype == torch.float16  # the checkpoint's own
+    assert model.transformer.layers[0].mlp.dense_h_to_4h.weight.dtype == torch.int8
+    ids = torch.tensor(case["input_ids"])
+    logits = load_file(folder / "tensors.safetensors")["logits_float_from_dequant_half"]
+    model = model.float()
+    with torch.no_grad():
+        assert (model(ids).logits - logits).abs().max() < 0.02  # float32 weights here, rounded to float16 there
+        for parent, name, layer in list(linear_layers(model.transformer.layers)):
+            rounded = Linear(layer.in_features, layer.out_features)
+            scale = layer.weight_scale.half()
+            rounded.weight.copy_(dequantize_weight(layer.weight, scale, bits, torch.float16).float())
+            rounded.bias.copy_(layer.bias)
+            setattr(parent, name, rounded)
+        torch.testing.assert_close(model(ids).logits, logits, rtol=0, atol=1e-5)
+        output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_length=19)
+    assert output.tolist() == case["greedy"]
+
+
+@pytest.fixture
+def config():
+    return ChatGLMConfig(
+        vocab_size=1472,
+        hidden_size=64,
+        num_layers=2,
+        num_attention_heads=4,
+        inner_hidden_size=128,
+        bos_token_id=1104,
+        eos_token_id=1105,
+    )
+
+
+IDS = torch.tensor([[5, 95, 209, 1101, 1104, 44, 616]])
+
+
+@pytest.mark.parametrize(
+    "options", [{"bits": 8}, {"bits": 4}, {"bits": 4, "group_size": 32}, {"bits": 4, "quantize_head": True}]
+)
+def test_saved_quantized_models_load_as_they_were(config, tmp_path, options):
+    torch.manual_seed(3)
+    model = ChatGLMForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        full = model(IDS).logits
+        assert model.quantize(**options) is model
+        expected = model(IDS).logits
+        assert 0 < (expected - full).abs().max() < 1
+        model.save_pretrained(tmp_path)
+        loaded = ChatGLMForConditionalGeneration.from_pretrained(tmp_path).eval()
+        assert torch.equal(loaded(IDS).logits, expected)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert saved["transformer.layers.0.mlp.dense_h_to_4h.weight"].dtype == torch.int8
+    if options.get("quantize_head"):
+        assert loaded.lm_head.weight is loaded.transformer.word_embeddings.weight
+        assert loaded.lm_head.weight_scale is loaded.transformer.word_embeddings.weight_scale
+        assert saved["transformer.word_embeddings.weight"].dtype == torch.int8
+
+
+def test_quantize_is_idempotent_and_refuses_a_second_format(config):
+    plain = copy.deepcopy(config)
+    model = ChatGLMForConditionalGeneration(config)
+    assert model.quantize(0) is model and not list(layers_of(model, QuantizedLinear))
+    assert model.quantize(8) is model
+    layers = list(layers_of(model, QuantizedLinear))
+    assert len(layers) == 8 and model.config.quantization_bit == 8
+    assert model.quantize(8) is model and list(layers_of(model, QuantizedLinear)) == layers
+    with pytest.raises(ValueError, match="quantized already"):
+        model.quantize(4)
+    with pytest.raises(ValueError, match=r"quantize\(5\)"):
+        ChatGLMForConditionalGeneration(plain).quantize(5)
+
+
+def layers_of(model, kind):
+    return (module for module in model.modules() if isinstance(module, kind))
+
+
+@pytest.mark.parametrize("convert", ["half", "float", "bfloat16"])
+def test_conversion_before_and_after_quantization_agree(config, convert):
+    torch.manual_seed(4)
+    first = ChatGLMForConditionalGeneration(config).eval().half()
+    second = ChatGLMForConditionalGeneration(config).eval().half()
+    second.load_state_dict(first.state_dict())
+    before = getattr(first, convert)().quantize(8)
+    after = getattr(second.quantize(8), convert)()
+    assert before.dtype == after.dtype
+    with torch.no_grad():
+        difference = (before(IDS).logits - after(IDS).logits).abs().max()
+    assert difference < (0.02 if convert != "bfloat16" else 0.2)
+
+
+def test_gradients_reach_adapters_through_frozen_weights():
+    layer = QuantizedLinear.from_linear(Linear(32, 16), 4)
+    x = torch.randn(3, 32, requires_grad=True)
+    layer(x).square().sum().backward()
+    weight = dequantize_weight(layer.weight, layer.weight_scale, 4, torch.float32)
+    y = x.detach().requires_grad_()
+    (torch.nn.functional.linear(y, weight, layer.bias)).square().sum().backward()
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-5)
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_p_tuning_trains_only_the_prefix_of_a_quantized_model(config, bits):
+    config.pre_seq_len = 4
+    model = ChatGLMForConditionalGeneration(config).quantize(bits).train()
+    model(IDS, labels=IDS).loss.backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert trained == {"transformer.prefix_encoder.embedding.weight"}
+
+
+def test_lora_of_peft_trains_on_quantized_layers(config):
+    peft = pytest.importorskip("peft")
+    model = ChatGLMForConditionalGeneration(config).quantize(4)
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=["query_key_value"], task_type="CAUSAL_LM")
+    )
+    adapted(input_ids=IDS, labels=IDS).loss.backward()
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.grad is not None]
+    assert trained and all("lora_" in name for name in trained)
+
+
+def test_quantized_embedding_returns_its_rows():
+    embedding = torch.nn.Embedding(6, 8)
+    quantized = QuantizedEmbedding.from_embedding(embedding)
+    rows = dequantize_weight(quantized.weight, quantized.weight_scale, 8, torch.float32)
+    assert torch.equal(quantized(torch.tensor([[1, 5]])), rows[[1, 5]][None])
+
+
+def test_only_the_linear_layers_of_blocks_are_replaced(config):
+    model = ChatGLMForConditionalGeneration(config)
+    names = {name for _, name, _ in linear_layers(model.transformer.layers)}
+    assert names == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+    model.quantize(4)
+    assert model.lm_head.weight.dtype == model.transformer.word_embeddings.weight.dtype == torch.float32
