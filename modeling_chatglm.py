@@ -13,6 +13,7 @@ R position rows (2 or 1), V vocabulary.
 """
 
 import functools
+import inspect
 import os
 import queue
 import re
@@ -315,8 +316,21 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
                 raise OSError(f"{path}: {GET_WEIGHTS}")
         return super().from_pretrained(path, *args, **kwargs)
 
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers, as safetensors on every version: those below 4.35 must be asked to, and must be told not
+        to store a tied head twice."""
+        default = inspect.signature(PreTrainedModel.save_pretrained).parameters.get("safe_serialization")
+        if default is not None and default.default is False:
+            kwargs.setdefault("safe_serialization", True)
+            self._keys_to_ignore_on_save = (
+                list(self._tied_weights_keys or ()) if self.config.tie_word_embeddings else []
+            )
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
     def _init_weights(self, module: nn.Module) -> None:
         # nn.init functions, not .data: transformers 5 guards those, so that loaded tensors are not overwritten.
+        if isinstance(module, (QuantizedLinear, QuantizedEmbedding)):
+            return  # filled from a checkpoint, or by quantize()
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.02)
             if module.bias is not None:
