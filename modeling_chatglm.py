@@ -30,7 +30,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
+# All files of the package: transformers before 5 copies only those that this one imports itself.
 from .configuration_chatglm import ChatGLMConfig
+from .cpu_kernel_ir import kernel_ir  # noqa: F401
+from .cpu_kernels import linear as cpu_linear  # noqa: F401
+from .cuda_kernels import linear as cuda_linear  # noqa: F401
 from .kv_cache import Past, as_cache, cached_length, fixed_length, is_tracing
 from .quantization import Linear, QuantizedEmbedding, QuantizedLinear, quantize_model, tied_head_keys
 
