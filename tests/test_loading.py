@@ -1,0 +1,106 @@
+"""Folders as users have them: the bare code, a first-release checkpoint, 16-bit files, several devices."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from chatglm_slim import modeling_chatglm
+from chatglm_slim.modeling_chatglm import ChatGLMForConditionalGeneration
+from chatglm_slim.tokenization_chatglm import ChatGLMTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoTokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_code_alone_says_in_one_line_where_weights_come_from():
+    with pytest.raises(OSError, match="without weights: make a complete folder with `python slim.py") as error:
+        AutoModel.from_pretrained(ROOT, trust_remote_code=True)
+    assert "\n" not in str(error.value)
+
+
+def test_the_code_alone_says_in_one_line_where_the_vocabulary_comes_from():
+    with pytest.raises((OSError, ValueError), match="slim.py") as error:
+        AutoTokenizer.from_pretrained(ROOT, trust_remote_code=True)
+    assert "\n" not in str(error.value)
+
+
+def folder_of(golden, tmp_path, name):
+    """A golden model as a folder that every transformers version loads (4.x wants the format in the metadata)."""
+    folder = tmp_path / name.replace("/", "_")
+    folder.mkdir()
+    shutil.copy(golden / "model" / name / "config.json", folder)
+    save_file(load_file(golden / "model" / name / "model.safetensors"), folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@torch.no_grad()
+def test_a_first_release_checkpoint_answers_as_the_slim_one_with_one_warning(golden, tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(modeling_chatglm.logger, "warning", warnings.append)
+    modeling_chatglm.warn_once.cache_clear()
+    full = ChatGLMForConditionalGeneration.from_pretrained(folder_of(golden, tmp_path, "trim/preslim")).float().eval()
+    assert len(warnings) == 1 and "20000 image-token rows" in warnings[0] and "python slim.py" in warnings[0]
+    slim = ChatGLMForConditionalGeneration.from_pretrained(folder_of(golden, tmp_path, "trim/slim")).float().eval()
+    assert len(warnings) == 1
+    logits = load_file(golden / "model" / "trim" / "tensors.safetensors")
+    cases = json.loads((golden / "model" / "trim" / "cases.json").read_text(encoding="utf-8"))["cases"]
+    for index, case in enumerate(cases):
+        ids = torch.tensor(case["slim_ids"])
+        ours = slim(ids).logits
+        torch.testing.assert_close(ours, logits[f"slim_logits.{index}"], rtol=0, atol=1e-5)
+        assert torch.equal(full(torch.tensor(case["preslim_ids"])).logits[..., 20000:], ours)
+        answer = slim.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8)
+        assert answer.tolist() == case["slim_greedy"]
+
+
+def test_a_first_release_tokenizer_numbers_its_text_behind_the_image_tokens(golden):
+    full = ChatGLMTokenizer(str(golden / "tiny_sp_preslim.model"))
+    slim = ChatGLMTokenizer(str(golden / "tiny_sp.model"))
+    text = "你好, hello\tworld  ！"
+    assert full(text)["input_ids"] == [token + 20000 for token in slim(text)["input_ids"]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_given_dtype_wins_over_the_checkpoint(golden, tmp_path, dtype):
+    folder = folder_of(golden, tmp_path, "trim/slim")  # stored in float16
+    model = ChatGLMForConditionalGeneration.from_pretrained(folder, torch_dtype=dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert ChatGLMForConditionalGeneration.from_pretrained(folder).dtype == torch.float16
+
+
+@torch.no_grad()
+def test_device_map_places_the_blocks(golden, tmp_path):
+    pytest.importorskip("accelerate")
+    folder = folder_of(golden, tmp_path, "trim/slim")
+    plain = ChatGLMForConditionalGeneration.from_pretrained(folder).float()
+    placed = ChatGLMForConditionalGeneration.from_pretrained(folder, device_map={"": "cpu"}).float()
+    ids = torch.tensor([[5, 95, 1101, 1104]])
+    assert torch.equal(placed(ids).logits, plain(ids).logits)
+
+
+@torch.no_grad()
+def test_blocks_offloaded_to_disk_compute_the_same(golden, tmp_path):
+    pytest.importorskip("accelerate")
+    folder = folder_of(golden, tmp_path, "trim/slim")
+    plain = ChatGLMForConditionalGeneration.from_pretrained(folder, torch_dtype=torch.float32)
+    places = {"transformer.word_embeddings": "cpu", "lm_head": "cpu", "transformer.final_layernorm": "cpu"}
+    places.update({"transformer.layers.0": "cpu", "transformer.layers.1": "disk"})
+    placed = ChatGLMForConditionalGeneration.from_pretrained(
+        folder, torch_dtype=torch.float32, device_map=places, offload_folder=str(tmp_path / "offload")
+    )
+    ids = torch.tensor([[5, 95, 1101, 1104]])
+    torch.testing.assert_close(placed(ids).logits, plain(ids).logits, rtol=0, atol=1e-6)
+    options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 3}
+    assert placed.generate(input_ids=ids, **options).tolist() == plain.generate(input_ids=ids, **options).tolist()
+
+
+def test_untied_matrices_of_a_checkpoint_stay_two(golden, tmp_path):
+    folder = folder_of(golden, tmp_path, "base2d")
+    model = ChatGLMForConditionalGeneration.from_pretrained(folder)
+    stored = load_file(folder / "model.safetensors")
+    assert torch.equal(model.lm_head.weight, stored["lm_head.weight"])
+    assert torch.equal(model.transformer.word_embeddings.weight, stored["transformer.word_embeddings.weight"])
+    assert not torch.equal(model.lm_head.weight, model.transformer.word_embeddings.weight)
