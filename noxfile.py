@@ -23,6 +23,9 @@ import nox
 # The oldest version that the original's users were told to have, each version where something important changed,
 # the last 4.x, the first 5.x and the newest.
 RUNGS = ["4.23.1", "4.26.1", "4.36.2", "4.41.2", "4.49.0", "4.57.6", "5.0.0", "5.23.0"]
+# test_compat.py holds a row of the table for each feature; the others are the ordinary tests of what a checkpoint holds.
+FEATURES = "test_compat"
+SUITES = ["test_configuration", "test_tokenization", "test_modeling", "test_chat", "test_quantization"]
 AT_ONCE = 2
 REPORTS = Path(".nox") / "reports"
 MARKS = {"passed": "✓", "failed": "✗", "skipped": "–"}
@@ -53,7 +56,7 @@ def register(version: str) -> None:
         session.run(
             *("python", "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"),
             f"--junitxml={REPORTS / version}.xml",
-            *(session.posargs or ["tests/test_compat.py"]),
+            *(session.posargs or [f"tests/{name}.py" for name in (FEATURES, *SUITES)]),
             env={
                 "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
                 "HF_HUB_OFFLINE": "1",
@@ -67,30 +70,30 @@ for _version in RUNGS:
 
 
 def outcomes(report: Path) -> dict[str, str]:
-    """Test -> passed, failed or skipped, from one rung's JUnit report; empty if the rung never got that far.
+    """Row -> passed, failed or skipped, from one rung's JUnit report; empty if the rung never got that far.
 
-    A test with several cases has the worst outcome of them.
+    Rows are the tests of tests/test_compat.py, and each other file as a whole; the worst outcome of their cases counts.
     """
     if not report.is_file():
         return {}
-    found = {}
+    found: dict[str, str] = {}
     for case in ElementTree.parse(report).getroot().iter("testcase"):
-        if not case.get("classname", "").endswith("test_compat"):
-            continue
+        file = case.get("classname", "").rpartition(".")[2]
+        row = case.get("name", "").partition("[")[0] if file == FEATURES else f"all of {file}.py"
         tags = {child.tag for child in case}
         outcome = "failed" if tags & {"failure", "error"} else "skipped" if "skipped" in tags else "passed"
-        name = case.get("name", "").partition("[")[0]
-        found[name] = min(outcome, found.get(name, outcome))  # failed < passed < skipped: also their order here
+        found[row] = min(outcome, found.get(row, outcome))  # failed < passed < skipped: also their order here
     return found
 
 
 def markdown(columns: dict[str, dict[str, str]]) -> str:
-    """Feature x version, one row for each test of tests/test_compat.py."""
-    features = sorted({name for column in columns.values() for name in column})
+    """Feature x version."""
+    features = sorted({name for column in columns.values() for name in column}, key=lambda name: ("." in name, name))
     lines = ["| feature | " + " | ".join(columns) + " |", "|---|" + ":-:|" * len(columns)]
     for feature in features:
         marks = [MARKS.get(column.get(feature, ""), "?") for column in columns.values()]
-        lines.append(f"| {feature.removeprefix('test_').replace('_', ' ')} | " + " | ".join(marks) + " |")
+        title = feature if "." in feature else feature.removeprefix("test_").replace("_", " ")
+        lines.append(f"| {title} | " + " | ".join(marks) + " |")
     return "\n".join(lines)
 
 

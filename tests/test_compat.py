@@ -382,7 +382,7 @@ def test_fullgraph_compiled_decoding(base, cases):
     model.forward = forward
     case = cases["base2d", "greedy0"]
     assert generated(model, case, cache_implementation="static") == case["output_ids"]
-    assert 1 <= graphs.frame_count <= 2  # the first step may be compiled for its own kind of inputs
+    assert 1 <= graphs.frame_count <= 2  # the first step may have a graph of its own
 
 
 def test_assisted_decoding(base_model, talker_model, cases):

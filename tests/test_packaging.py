@@ -1,0 +1,97 @@
+"""What the README, the requirements and the Makefile say of each other is true."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[1]
+READMES = [ROOT / "README.md", ROOT / "README_zh.md"]
+
+
+def pins(name: str) -> dict[str, str]:
+    """Distribution -> version of a requirements file; every line must be an exact pin."""
+    lines = [line for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("-r ")]
+    assert all("==" in line for line in lines)
+    return dict(line.split("==") for line in lines)
+
+
+def code_blocks(readme: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", readme.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def test_pinned_versions_lie_in_the_declared_ranges():
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for declared, file in ((project["dependencies"], "requirements.txt"), (extras["dev"], "requirements-dev.txt")):
+        pinned, ranges = pins(file), {r.name: r.specifier for r in map(Requirement, declared)}
+        assert pinned.keys() == ranges.keys()
+        assert all(ranges[name].contains(version) for name, version in pinned.items())
+
+
+def test_the_newest_rung_is_the_pinned_transformers_and_readme_names_every_rung():
+    rungs = re.search(r"RUNGS = \[(.*?)\]", (ROOT / "noxfile.py").read_text(), re.DOTALL).group(1)
+    versions = re.findall(r'"(.*?)"', rungs)
+    assert versions[-1] == pins("requirements.txt")["transformers"]
+    for readme in READMES:
+        text = readme.read_text(encoding="utf-8")
+        assert all(version in text for version in versions)
+
+
+@pytest.mark.parametrize("target", ["chat", "test", "ladder", "tiny", "clean"])
+def test_make_targets_exist(target):
+    done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_chat_variables_reach_the_program():
+    command = ["make", "-n", "chat", "MODEL=some/model", "DTYPE=bfloat16", "DEVICE=cuda:1", "ARGS=--bits 4"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 'cli_chat.py --model "some/model" --dtype bfloat16 --device cuda:1 --bits 4' in done.stdout
+
+
+def test_python_examples_of_the_readme_run(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    torch.manual_seed(0)
+    variables: dict = {}
+    blocks = [code for code in code_blocks(READMES[0], "python") if "chatglm-6b-slim" not in code]
+    assert len(blocks) >= 3
+    for code in blocks:
+        exec(compile(code, "README.md", "exec"), variables)
+    assert capsys.readouterr().out.strip()
+
+
+def test_both_readmes_show_the_same_code():
+    def without_comments(readme: Path) -> list[str]:
+        return [re.sub(r"#.*", "", code) for code in code_blocks(readme, "python")]
+
+    assert without_comments(READMES[0]) == without_comments(READMES[1])
+
+
+def test_links_of_the_readmes_lead_to_files():
+    for readme in READMES:
+        for target in re.findall(r"\]\(([^)#]+)\)", readme.read_text(encoding="utf-8")):
+            assert target.startswith("https://") or (ROOT / target).exists(), f"{readme.name}: {target}"
+
+
+def test_importing_the_code_files_does_nothing_but_define():
+    """No output, no threads, and no CUDA or network module pulled in by our own files."""
+    code = (
+        "import sys, threading, types; p = types.ModuleType('chatglm_slim'); p.__path__ = ['.']\n"
+        "sys.modules['chatglm_slim'] = p; before = threading.active_count()\n"
+        "import transformers.modeling_utils, torch\n"
+        "settings = torch.get_num_threads(), torch.get_default_dtype()\n"
+        "import chatglm_slim.modeling_chatglm, chatglm_slim.tokenization_chatglm\n"
+        "assert threading.active_count() == before\n"
+        "assert settings == (torch.get_num_threads(), torch.get_default_dtype())\n"
+        "assert not {'cpm_kernels', 'llvmlite', 'requests'} & set(sys.modules), 'imported early'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
