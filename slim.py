@@ -124,8 +124,9 @@ def describe(plan: Plan) -> str:
     kinds = {"model": "model", "prefix": "P-tuning v2 prefix", "adapter": "LoRA adapter"}
     before, after = source.checkpoint.nbytes, plan.nbytes
     cut = vocabulary.source_rows - vocabulary.rows
+    files = len(source.checkpoint.files)
     lines = [
-        f"{source.name}: {kinds[source.kind]}, {len(source.tensors)} tensors in {len(source.checkpoint.files)} file(s)",
+        f"{source.name}: {kinds[source.kind]}, {len(source.tensors)} tensors in {files} file(s)",
         f"vocabulary rows: {vocabulary.source_rows:,} -> {vocabulary.rows:,} ({cut:,} cut, "
         f"{min(vocabulary.offset, cut):,} of them image tokens)",
         f"bytes of tensors: {before:,} -> {after:,} (saved: {before - after:,}, {(before - after) / before:.1%})",

@@ -18,7 +18,7 @@ import numpy
 from slimming import checkpoint_io as io
 from slimming.checkpoint_io import StoredTensor
 from slimming.folder import package_module
-from slimming.plan import EMBEDDING, HEAD, Job, Options, Plan
+from slimming.plan import Job, Options, Plan
 
 PROMPTS = ("你好", "介绍一下清华大学", "hello world, this is a test")
 BLOCK_BYTES = 1 << 23
@@ -214,6 +214,8 @@ def quiet_transformers() -> Iterator[None]:
     """Without its progress bars and warnings about a model that is about to be left behind."""
     from transformers.utils import logging
 
+    remote_code = logging.logging.getLogger("transformers_modules")
+    remote_code.setLevel(logging.ERROR)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -221,6 +223,7 @@ def quiet_transformers() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(verbosity)
+        remote_code.setLevel(logging.NOTSET)
         logging.enable_progress_bar()
 
 
@@ -258,7 +261,8 @@ def logits_of_source(plan: Plan, classes: tuple[type, type], prompts: list[list[
             numbers = io.as_tensor(memoryview(content), tensor.dtype).view(tensor.shape)
             state[name] = numbers.float() if numbers.is_floating_point() else numbers
     if plan.tied:
-        state.update({HEAD: state[EMBEDDING]})
+        shared = [name for name in state if name.startswith("transformer.word_embeddings.")]
+        state.update({name.replace("transformer.word_embeddings", "lm_head"): state[name] for name in shared})
     model.load_state_dict(state, strict=False, assign=True)
     return run(model, prompts)
 
