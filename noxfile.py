@@ -23,7 +23,7 @@ import nox
 # The oldest version that the original's users were told to have, each version where something important changed,
 # the last 4.x, the first 5.x and the newest.
 RUNGS = ["4.23.1", "4.26.1", "4.36.2", "4.41.2", "4.49.0", "4.57.6", "5.0.0", "5.23.0"]
-# test_compat.py holds a row of the table for each feature; the others are the ordinary tests of what a checkpoint holds.
+# test_compat.py holds a row of the table for each feature; the others are the ordinary tests of the package's files.
 FEATURES = "test_compat"
 SUITES = ["test_configuration", "test_tokenization", "test_modeling", "test_chat", "test_quantization"]
 AT_ONCE = 2
@@ -72,7 +72,7 @@ for _version in RUNGS:
 def outcomes(report: Path) -> dict[str, str]:
     """Row -> passed, failed or skipped, from one rung's JUnit report; empty if the rung never got that far.
 
-    Rows are the tests of tests/test_compat.py, and each other file as a whole; the worst outcome of their cases counts.
+    Rows are the tests of tests/test_compat.py, and each other file as a whole; the worst outcome of its cases counts.
     """
     if not report.is_file():
         return {}
