@@ -30,7 +30,7 @@ class ChatGLMConfig(PretrainedConfig):
             position in the answer (the released models), or the whole head by one position.
         quantization_bit: 0, 4 or 8; non-zero builds quantized linear layers, ready to load such a checkpoint.
         quantization_group_size: columns that share a scale: 0 for a whole row (the official format), 32, 64 or 128.
-        quantize_head: embedding and head in int8 as well (needs `quantization_bit`).
+        quantize_head: embedding and head too: True or 8 for int8 rows, 4 for int4 (needs `quantization_bit`).
         pre_seq_len, prefix_projection: P-tuning v2: length of the trained prefix (None: none), and its two-layer form.
         residual_scale: factor of the residual branch; None gives √56.
 
@@ -110,6 +110,12 @@ class ChatGLMConfig(PretrainedConfig):
         return self.hidden_size // self.num_attention_heads
 
     @property
+    def head_bits(self) -> int:
+        """Bits of embedding and head: 8, 4, or 0 for the model's own dtype."""
+        bits = 8 if self.quantize_head is True else int(self.quantize_head)
+        return bits if self.quantization_bit else 0
+
+    @property
     def num_image_tokens(self) -> int:
         """Rows in front of the text vocabulary: 20000 in the first release, 0 after slimming."""
         return IMAGE_TOKENS if (self.pad_token_id or 0) >= IMAGE_TOKENS or self.bos_token_id == 150004 else 0
@@ -133,6 +139,7 @@ class ChatGLMConfig(PretrainedConfig):
             )
         self._check("quantization_bit", lambda bits: bits in QUANTIZATION_BITS, f"use one of {QUANTIZATION_BITS}")
         self._check("quantization_group_size", lambda size: size in GROUP_SIZES, f"use one of {GROUP_SIZES}")
+        self._check("quantize_head", lambda head: head in (False, True, 4, 8), "use False, True, 4 or 8")
         if self.pre_seq_len is not None:
             self._check("pre_seq_len", is_positive_integer, "give a positive prefix length, or None for no prefix")
         self._check("residual_scale", lambda scale: scale > 0, "the released models use sqrt(56)")

@@ -36,7 +36,14 @@ from .cpu_kernel_ir import kernel_ir  # noqa: F401
 from .cpu_kernels import linear as cpu_linear  # noqa: F401
 from .cuda_kernels import linear as cuda_linear  # noqa: F401
 from .kv_cache import Past, as_cache, cached_length, fixed_length, is_tracing
-from .quantization import Linear, QuantizedEmbedding, QuantizedLinear, quantize_model, tied_head_keys
+from .quantization import (
+    Linear,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    head_group_size,
+    quantize_model,
+    tied_head_keys,
+)
 
 try:  # 4.25
     from transformers import GenerationMixin
@@ -200,12 +207,13 @@ class SelfAttention(nn.Module):
     def __init__(self, config: ChatGLMConfig, layer_idx: int):
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
+        self.heads, self.head_size = config.num_attention_heads, config.head_size
         self.query_key_value = linear(config, config.hidden_size, 3 * config.hidden_size)
         self.dense = linear(config, config.hidden_size, config.hidden_size)
 
     def forward(self, hidden: Tensor, rotary, visible: Optional[Tensor], past: Past, output_attentions: bool):
         B, S, _ = hidden.shape
-        fused = self.query_key_value(hidden).view(B, S, self.config.num_attention_heads, 3, self.config.head_size)
+        fused = self.query_key_value(hidden).view(B, S, self.heads, 3, self.head_size)
         query, key = rotate(fused[..., :2, :], *rotary).transpose(1, 2).unbind(-2)  # [B, H, S, D] each
         value = fused[..., 2, :].transpose(1, 2)
         key, value = past.extend(key, value, self.layer_idx)
@@ -281,6 +289,13 @@ def linear(config: ChatGLMConfig, in_features: int, out_features: int) -> nn.Mod
     if not config.quantization_bit:
         return Linear(in_features, out_features)
     return QuantizedLinear(in_features, out_features, config.quantization_bit, config.quantization_group_size)
+
+
+def embedding(config: ChatGLMConfig) -> nn.Module:
+    if not config.head_bits:
+        return nn.Embedding(config.vocab_size, config.hidden_size)
+    group_size = head_group_size(config.head_bits, config.quantization_group_size)
+    return QuantizedEmbedding(config.vocab_size, config.hidden_size, config.head_bits, group_size)
 
 
 class ChatGLMPreTrainedModel(PreTrainedModel):
@@ -370,9 +385,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
     def __init__(self, config: ChatGLMConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
-        quantized_embedding = config.quantization_bit and config.quantize_head
-        embedding = QuantizedEmbedding if quantized_embedding else nn.Embedding
-        self.word_embeddings = embedding(config.vocab_size, config.hidden_size)
+        self.word_embeddings = embedding(config)
         self.layers = nn.ModuleList([GLMBlock(config, layer_idx) for layer_idx in range(config.num_layers)])
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.gradient_checkpointing = False
@@ -547,8 +560,11 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     def __init__(self, config: ChatGLMConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
         self.transformer = ChatGLMModel(config)
-        if config.quantization_bit and config.quantize_head:
-            self.lm_head = QuantizedLinear(config.hidden_size, config.vocab_size, bits=8, bias=False)
+        if config.head_bits:
+            group_size = head_group_size(config.head_bits, config.quantization_group_size)
+            self.lm_head = QuantizedLinear(
+                config.hidden_size, config.vocab_size, config.head_bits, group_size, bias=False
+            )
             self._tied_weights_keys = tied_head_keys()
         else:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -708,7 +724,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
 
     # --- quantization --------------------------------------------------------------------------------------------
 
-    def quantize(self, bits: int, group_size: int = 0, quantize_head: bool = False, **kwargs):
+    def quantize(self, bits: int, group_size: int = 0, quantize_head: Union[bool, int] = False, **kwargs):
         """Replaces the linear layers by INT8 or INT4 ones, in place; see quantization.quantize_model."""
         return quantize_model(self, bits, group_size=group_size, quantize_head=quantize_head, **kwargs)
 

@@ -199,27 +199,17 @@ class QuantizedLinear(nn.Linear):
 
 
 class QuantizedEmbedding(nn.Module):
-    """An embedding with int8 rows, which the head can share. weight: int8 [rows, width]; weight_scale: [rows]."""
+    """An embedding with int8 or int4 rows, which the head can share; the tensors are those of QuantizedLinear."""
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, device=None):
+    def __init__(self, num_embeddings: int, embedding_dim: int, bits: int, group_size: int = 0, device=None):
         super().__init__()
-        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        weight = torch.empty(num_embeddings, embedding_dim, dtype=torch.int8, device=device)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.weight_scale = nn.Parameter(torch.empty(num_embeddings, device=device), requires_grad=False)
-
-    @classmethod
-    @torch.no_grad()
-    def from_embedding(cls, layer: nn.Embedding) -> QuantizedEmbedding:
-        quantized = cls(layer.num_embeddings, layer.embedding_dim, device="meta")
-        weight, scale = quantized_matrix(layer.weight, 8)
-        quantized.weight = nn.Parameter(weight, requires_grad=False)
-        quantized.weight_scale = nn.Parameter(scale.to(layer.weight.dtype), requires_grad=False)
-        return quantized
+        self.num_embeddings, self.embedding_dim, self.bits = num_embeddings, embedding_dim, bits
+        rows = QuantizedLinear(embedding_dim, num_embeddings, bits, group_size, bias=False, device=device)
+        self.weight, self.weight_scale = rows.weight, rows.weight_scale
 
     def forward(self, ids: Tensor) -> Tensor:
-        scale = F.embedding(ids, self.weight_scale[:, None])
-        return F.embedding(ids, self.weight).to(scale.dtype) * scale
+        rows, scale = self.weight[ids.flatten()], self.weight_scale[ids.flatten()]
+        return dequantize_weight(rows, scale, self.bits, scale.dtype).view(*ids.shape, self.embedding_dim)
 
 
 def quantized_matrix(weight: Tensor, bits: int, group_size: int = 0, search: bool = False) -> tuple[Tensor, Tensor]:
@@ -239,7 +229,7 @@ def quantize_model(
     model: nn.Module,
     bits: int,
     group_size: int = 0,
-    quantize_head: bool = False,
+    quantize_head: bool | int = False,
     search: bool = False,
     progress: bool | None = None,
 ) -> nn.Module:
@@ -249,7 +239,7 @@ def quantize_model(
         model: a ChatGLMForConditionalGeneration, of any dtype and on any devices.
         bits: 8 or 4; 0 leaves the model as it is.
         group_size: columns that share a scale: 0 for a row, which is the official format, or 32, 64, 128.
-        quantize_head: embedding and head in int8 too; the official format keeps them.
+        quantize_head: embedding and head too, True or 8 for int8 rows, 4 for int4; the official format keeps them.
         search: for each scale, the value with the least squared error rather than the largest weight's.
         progress: a progress bar; by default for models of a billion parameters and more.
 
@@ -273,14 +263,14 @@ def quantize_model(
         progress = sum(parameter.numel() for parameter in model.parameters()) >= 10**9
     for parent, name, layer in progress_bar(layers, progress, f"quantizing to INT{bits}"):
         setattr(parent, name, QuantizedLinear.from_linear(layer, bits, group_size, search))
-    if quantize_head:
-        quantize_embedding_and_head(model)
     config.quantization_bit, config.quantization_group_size = bits, group_size
     config.quantize_head = quantize_head
+    if config.head_bits:
+        quantize_embedding_and_head(model, search)
     return model
 
 
-def already_quantized(model: nn.Module, bits: int, group_size: int, quantize_head: bool) -> nn.Module:
+def already_quantized(model: nn.Module, bits: int, group_size: int, quantize_head: bool | int) -> nn.Module:
     config = model.config
     present = (config.quantization_bit, config.quantization_group_size, config.quantize_head)
     if present == (bits, group_size, quantize_head):
@@ -300,19 +290,29 @@ def linear_layers(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear
 
 
 @torch.no_grad()
-def quantize_embedding_and_head(model: nn.Module) -> None:
+def quantize_embedding_and_head(model: nn.Module, search: bool) -> None:
     """A tied pair stays tied: values and scales are stored once."""
-    transformer, head = model.transformer, model.lm_head
+    transformer, head, bits = model.transformer, model.lm_head, model.config.head_bits
+    group_size = head_group_size(bits, model.config.quantization_group_size)
     tied = head.weight is transformer.word_embeddings.weight
-    transformer.word_embeddings = QuantizedEmbedding.from_embedding(transformer.word_embeddings)
-    if tied:
-        model.lm_head = QuantizedLinear(head.in_features, head.out_features, 8, bias=False, device="meta")
-        model.lm_head.weight = transformer.word_embeddings.weight
-        model.lm_head.weight_scale = transformer.word_embeddings.weight_scale
-    else:
-        model.lm_head = QuantizedLinear.from_linear(head, 8)
+    model.lm_head = QuantizedLinear.from_linear(head, bits, group_size, search)
+    rows = model.lm_head if tied else as_linear(transformer.word_embeddings, bits, group_size, search)
+    embedding = QuantizedEmbedding(head.out_features, head.in_features, bits, group_size, device="meta")
+    embedding.weight, embedding.weight_scale = rows.weight, rows.weight_scale
+    transformer.word_embeddings = embedding
     model.config.tie_word_embeddings = tied
     model._tied_weights_keys = tied_head_keys()
+
+
+def as_linear(embedding: nn.Embedding, bits: int, group_size: int, search: bool) -> QuantizedLinear:
+    layer = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False, device="meta")
+    layer.weight = embedding.weight
+    return QuantizedLinear.from_linear(layer, bits, group_size, search)
+
+
+def head_group_size(bits: int, group_size: int) -> int:
+    """Int8 rows need no groups; an int4 head has those of the other layers."""
+    return group_size if bits == 4 else 0
 
 
 def tied_head_keys() -> dict[str, str]:

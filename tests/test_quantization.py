@@ -142,9 +142,16 @@ def config():
 IDS = torch.tensor([[5, 95, 209, 1101, 1104, 44, 616]])
 
 
-@pytest.mark.parametrize(
-    "options", [{"bits": 8}, {"bits": 4}, {"bits": 4, "group_size": 32}, {"bits": 4, "quantize_head": True}]
-)
+FORMATS = [
+    {"bits": 8},
+    {"bits": 4},
+    {"bits": 4, "group_size": 32},
+    {"bits": 4, "quantize_head": True},
+    {"bits": 8, "quantize_head": 4, "group_size": 64},
+]
+
+
+@pytest.mark.parametrize("options", FORMATS)
 def test_saved_quantized_models_load_as_they_were(config, tmp_path, options):
     torch.manual_seed(3)
     model = ChatGLMForConditionalGeneration(config).eval()
@@ -231,10 +238,12 @@ def test_lora_of_peft_trains_on_quantized_layers(config):
 
 
 def test_quantized_embedding_returns_its_rows():
-    embedding = torch.nn.Embedding(6, 8)
-    quantized = QuantizedEmbedding.from_embedding(embedding)
-    rows = dequantize_weight(quantized.weight, quantized.weight_scale, 8, torch.float32)
-    assert torch.equal(quantized(torch.tensor([[1, 5]])), rows[[1, 5]][None])
+    for bits, group_size in ((8, 0), (4, 0), (4, 32)):
+        linear = QuantizedLinear.from_linear(Linear(64, 6), bits, group_size)
+        quantized = QuantizedEmbedding(6, 64, bits, group_size)
+        quantized.weight, quantized.weight_scale = linear.weight, linear.weight_scale
+        rows = dequantize_weight(linear.weight, linear.weight_scale, bits, torch.float32)
+        assert torch.equal(quantized(torch.tensor([[1, 5]])), rows[[1, 5]][None])
 
 
 def test_only_the_linear_layers_of_blocks_are_replaced(config):
