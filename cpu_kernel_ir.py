@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 CHUNK = 128  # columns per step of every kernel: 64 bytes of INT4, and whole groups of 32, 64 or 128 columns
 TILE = 4  # rows of the weight that share one load of the activations
-GEMV_ROWS = 4  # at most so many rows of activations per pass over the weight
+PANEL = 16  # rows of activations in one vector of a matrix product
+BLOCK_ROWS = 64  # rows of the weight that a thread unpacks at a time for a matrix product
 PREFETCH_LEVEL = 2  # into the second-level cache; measured best
 
 F32X16, BF16X32, I32X16, I16X32 = "<16 x float>", "<32 x bfloat>", "<16 x i32>", "<32 x i16>"
@@ -34,19 +35,21 @@ declare {F32X16} @llvm.x86.avx512bf16.dpbf16ps.512({F32X16}, {BF16X32}, {BF16X32
 class Variant(NamedTuple):
     """What one compiled kernel is for; the types are names of LLVM IR, or "" where there is none."""
 
-    kind: str  # "gemv" or "dequantize"
+    kind: str  # "gemv", "gemm" or "dequantize"
     isa: str  # "avx512_bf16", "avx512" or "avx2"
     bits: int  # 4, 8 or 16
     group: int  # columns per scale; 0 = one scale per row, or none
     weight: str  # type of 16-bit weights
     scale: str
     x: str  # type of the activations; for "dequantize", of the result
-    rows: int = 0  # rows of activations
+    rows: int = 0  # rows of activations of a gemv
 
     @property
     def dots_bf16(self) -> bool:
-        """Whether vdpbf16ps multiplies pairs of bfloat16, which INT4 and bfloat16 weights fit without rounding."""
-        return self.isa == "avx512_bf16" and self.x == "bfloat" and (self.bits == 4 or self.weight == "bfloat")
+        """Whether vdpbf16ps multiplies pairs of bfloat16, which integers and bfloat16 weights fit without rounding;
+        a gemv has INT8 in float32 sooner."""
+        fits = self.bits == 4 or self.weight == "bfloat" or (self.bits == 8 and self.kind == "gemm")
+        return self.isa == "avx512_bf16" and self.x == "bfloat" and fits
 
     @property
     def lane(self) -> str:
@@ -66,8 +69,22 @@ class Variant(NamedTuple):
 
     @property
     def tile(self) -> int:
-        """Rows of the weight at a time, so that the sums fit the registers (AVX2 has 16 half as wide)."""
+        """Rows of the weight at a time in a gemv, so that the sums fit the registers (AVX2 has 16 half as wide)."""
         return TILE if self.isa != "avx2" else max(1, TILE // self.rows)
+
+    @property
+    def gemm_tiles(self) -> list[tuple[int, int]]:
+        """(panels of activations, rows of the weight) at a time in a gemm, the widest first."""
+        return [(1, 4)] if self.isa == "avx2" else [(2, 8), (1, 16)]
+
+    @property
+    def block_columns(self) -> int:
+        """Columns of the weight that a gemm unpacks at a time: 128 KiB with BLOCK_ROWS, in the second-level cache."""
+        return 1024 if self.dots_bf16 else 512
+
+    def gemm_scratch(self, panels: int) -> int:
+        """float32 words that each thread of a gemm needs: the sums and the unpacked block."""
+        return BLOCK_ROWS * (panels * PANEL + self.block_columns * (2 if self.dots_bf16 else 4) // 4)
 
 
 # ---------------------------------------------------------------------------------------------- writing LLVM IR
@@ -119,10 +136,12 @@ class Emitter:
 
     @contextlib.contextmanager
     def loop(self, stop: str, step: int = 1, start: str = "0", carried=()):
-        """for index in range(start, stop, step), at least once. `carried` lists (type, initial value); in the body
-        `values` are their names, and after it `update` has to hold their new values, valid after the loop as well."""
+        """for index in range(start, stop, step). `carried` lists (type, initial value); in the body `values` are their
+        names, and after it `update` has to hold their new values. Such a loop runs at least once, and the new values
+        are valid after it as well."""
         label, before = self.fresh(), self.block
-        self.do(f"  br label %{label}", f"{label}:")
+        some = "true" if carried else self(f"icmp ult i64 {start}, {stop}")
+        self.do(f"  br i1 {some}, label %{label}, label %{label}.end", f"{label}:")
         head, self.block = len(self.lines), label
         values = [f"%{label}.{number}" for number in range(len(carried))]
         loop = types.SimpleNamespace(index=f"%{label}.index", values=values, update=[])
@@ -223,9 +242,21 @@ def _widened_int4(emit: Emitter, variant: Variant, pointer: str) -> list[str]:
 
 
 class Arguments:
-    """The kernels' one argument: eleven 64-bit words, the first two of which the threads count up."""
+    """The kernels' one argument: 64-bit words, the first two of which the threads count up."""
 
-    NAMES = ("next_task", "next_thread", "weight", "scale", "x", "y", "scratch", "rows", "chunks", "task_rows")
+    NAMES = (
+        "next_task",
+        "next_thread",
+        "weight",
+        "scale",
+        "x",
+        "y",
+        "scratch",
+        "rows",
+        "chunks",
+        "task_rows",
+        "panels",
+    )
     POINTERS = ("weight", "scale", "x", "y", "scratch")
 
     def __init__(self, emit: Emitter) -> None:
@@ -241,7 +272,7 @@ def kernel_ir(variant: Variant) -> str:
     emit = Emitter()
     emit.do("define void @kernel(ptr %arguments) {", "entry:")
     args = Arguments(emit)
-    (gemv if variant.kind == "gemv" else dequantize_rows)(emit, variant, args)
+    {"gemv": gemv, "gemm": gemm, "dequantize": dequantize_rows}[variant.kind](emit, variant, args)
     emit.do("  ret void", "}")
     body = "\n".join(emit.lines)
     used = [line for line in INTRINSICS.splitlines() if line and line.split("@")[1].split("(")[0] in body]
@@ -320,12 +351,14 @@ def add_products(emit: Emitter, variant: Variant, sums: dict, v: int, weights: l
     for m, x in enumerate(xs):
         x_vector = emit.load(kind, emit.at(variant.lane, x, v * lanes), 64)
         for t, row in enumerate(weights):
-            total = sums[t, m, half]
-            if variant.dots_bf16:
-                operands = (f"{F32X16} {total}", f"{kind} {row[v]}", f"{kind} {x_vector}")
-                sums[t, m, half] = emit.call(F32X16, "x86.avx512bf16.dpbf16ps.512", *operands)
-            else:
-                sums[t, m, half] = emit.fma(row[v], x_vector, total)
+            sums[t, m, half] = multiply_add(emit, variant, row[v], x_vector, sums[t, m, half])
+
+
+def multiply_add(emit: Emitter, variant: Variant, weight: str, x: str, total: str) -> str:
+    if not variant.dots_bf16:
+        return emit.fma(weight, x, total)
+    operands = (f"{F32X16} {total}", f"{BF16X32} {weight}", f"{BF16X32} {x}")
+    return emit.call(F32X16, "x86.avx512bf16.dpbf16ps.512", *operands)
 
 
 def chunk_scales(emit: Emitter, variant: Variant, args: Arguments, row: str, chunk: str) -> str:
@@ -366,29 +399,31 @@ def row_scale(emit: Emitter, variant: Variant, args: Arguments, index: str) -> s
 
 def dequantize_rows(emit: Emitter, variant: Variant, args: Arguments) -> None:
     """y[N, K] = scale * weight[N, K], the float32 product rounded once."""
-    per_row = emit.op("mul", args.chunks, variant.chunk_groups)
     with emit.tasks(args) as (first, last), emit.loop(last, 1, first) as rows, emit.loop(args.chunks) as chunk:
-        number = emit.op("add", emit.op("mul", rows.index, args.chunks), chunk.index)
-        values = in_order(emit, variant, emit.at("i8", args.weight, emit.op("mul", number, variant.chunk_bytes)))
-        y = emit.at(variant.x, args.y, emit.op("mul", number, CHUNK))
-        first_group = emit.op(
-            "add", emit.op("mul", rows.index, per_row), emit.op("mul", chunk.index, variant.chunk_groups)
-        )
-        scale = None
+        scale = "" if variant.group or not variant.scale else splat(emit, row_scale(emit, variant, args, rows.index))
+        values = in_order(emit, variant, args, rows.index, chunk.index, scale)
+        place = emit.op("mul", emit.op("add", emit.op("mul", rows.index, args.chunks), chunk.index), CHUNK)
         for v, value in enumerate(values):
-            if variant.scale and (v == 0 or (variant.group and v * 16 % variant.group == 0)):
-                index = emit.op("add", first_group, v * 16 // variant.group) if variant.group else rows.index
-                one = emit(f"insertelement {F32X16} poison, float {row_scale(emit, variant, args, index)}, i64 0")
-                scale = emit.shuffle(F32X16, one, [0] * 16)
-            if scale:
-                value = emit.op("fmul", value, scale, F32X16)
-            emit.store(f"<16 x {variant.x}>", narrow(emit, variant.x, value), emit.at(variant.x, y, v * 16))
+            pointer = emit.at(variant.x, args.y, emit.op("add", place, v * 16))
+            emit.store(f"<16 x {variant.x}>", narrow(emit, variant.x, value), pointer)
 
 
-def in_order(emit: Emitter, variant: Variant, pointer: str) -> list[str]:
-    """The chunk at `pointer` as eight vectors of float32, in the order of its columns."""
-    if variant.bits != 4:
-        return widened(emit, variant._replace(x="float"), pointer)
+def in_order(emit: Emitter, variant: Variant, args: Arguments, row: str, chunk: str, scale: str = "") -> list[str]:
+    """A chunk as eight vectors of float32 in the order of its columns, times `scale` or the scales of its groups."""
+    number = emit.op("add", emit.op("mul", row, args.chunks), chunk)
+    pointer = emit.at("i8", args.weight, emit.op("mul", number, variant.chunk_bytes))
+    to_float32 = variant._replace(x="float")
+    values = in_order_int4(emit, pointer) if variant.bits == 4 else widened(emit, to_float32, pointer)
+    if variant.group:
+        scales = chunk_scales(emit, variant, args, row, chunk)
+        of_vector = [[v * 16 // variant.group] * 16 for v in range(8)]
+        scales = [emit.shuffle(f"<{variant.chunk_groups} x float>", scales, lanes) for lanes in of_vector]
+    else:
+        scales = [scale] * 8
+    return [emit.op("fmul", value, scale, F32X16) if scale else value for value, scale in zip(values, scales)]
+
+
+def in_order_int4(emit: Emitter, pointer: str) -> list[str]:
     kind, four = "<64 x i8>", vector_of("i8", [4] * 64)
     packed = emit.load(kind, pointer)
     high = emit.op("ashr", packed, four, kind)
@@ -398,3 +433,128 @@ def in_order(emit: Emitter, variant: Variant, pointer: str) -> list[str]:
         lanes = [index for byte in range(start, start + 8) for index in (byte, 64 + byte)]
         values.append(emit(f"sitofp <16 x i8> {emit.shuffle(kind, high, lanes, low)} to {F32X16}"))
     return values
+
+
+def splat(emit: Emitter, scalar: str) -> str:
+    return emit.shuffle(F32X16, emit(f"insertelement {F32X16} poison, float {scalar}, i64 0"), [0] * 16)
+
+
+# ---------------------------------------------------------------------------------------------- matrix products
+
+
+def gemm(emit: Emitter, variant: Variant, args: Arguments) -> None:
+    """y[M, N] = x[M, K] @ (scale * weight[N, K]).T for many M.
+
+    x comes as panels of 16 rows, transposed so that a vector holds one column of all 16 (bfloat16: a pair of columns).
+    A thread unpacks a block of the weight once, then multiplies each of its values with whole panels; the sums of its
+    BLOCK_ROWS rows stay in its own memory until all columns are done."""
+    lane_bytes = 2 if variant.dots_bf16 else 4
+    sum_floats = emit.op("mul", args.panels, PANEL * BLOCK_ROWS)
+    own_floats = emit.op("add", sum_floats, BLOCK_ROWS * variant.block_columns * lane_bytes // 4)
+    thread = emit(f"atomicrmw add ptr {args.next_thread}, i64 1 monotonic")
+    sums = emit.at("float", args.scratch, emit.op("mul", thread, own_floats))
+    block = emit.at("float", sums, sum_floats)
+    last_block = emit.op("sub", args.rows, BLOCK_ROWS)
+    with emit.tasks(args) as (first, _):
+        first = emit.call("i64", "umin.i64", f"i64 {first}", f"i64 {last_block}")  # the last two blocks may overlap
+        with emit.loop(emit.op("mul", args.panels, BLOCK_ROWS)) as vector:
+            emit.store(F32X16, "zeroinitializer", emit.at(F32X16, sums, vector.index), 64)
+        block_chunks = variant.block_columns // CHUNK
+        with emit.loop(args.chunks, block_chunks) as start:
+            left = emit.op("sub", args.chunks, start.index)
+            count = emit.call("i64", "umin.i64", f"i64 {left}", f"i64 {block_chunks}")
+            unpack_block(emit, variant, args, block, first, start.index, count)
+            tile_start = "0"
+            for panels, rows in variant.gemm_tiles:
+                stop = args.panels if panels == 1 else emit.op("and", args.panels, -panels)
+                with emit.loop(stop, panels, tile_start) as panel, emit.loop(str(BLOCK_ROWS), rows) as row:
+                    tile = GemmTile(panel.index, panels, row.index, rows)
+                    multiply_tile(emit, variant, args, tile, block, sums, start.index, count)
+                tile_start = stop
+        with emit.loop(str(BLOCK_ROWS), 8) as row, emit.loop(args.panels) as panel:
+            finish_tile(emit, variant, args, sums, first, row.index, panel.index)
+
+
+class GemmTile(NamedTuple):
+    panel: str
+    panels: int
+    row: str
+    rows: int
+
+
+def unpack_block(emit: Emitter, variant: Variant, args: Arguments, block: str, first: str, chunk: str, count: str):
+    """block[BLOCK_ROWS, block_columns] = the weight, times the scales of its groups; rounded only by these."""
+    lane = variant.lane
+    with emit.loop(str(BLOCK_ROWS)) as row, emit.loop(count) as local:
+        weight_row, weight_chunk = emit.op("add", first, row.index), emit.op("add", chunk, local.index)
+        number = emit.op("add", emit.op("mul", weight_row, args.chunks), weight_chunk)
+        next_block = emit.op("mul", emit.op("add", number, variant.block_columns // CHUNK), variant.chunk_bytes)
+        prefetch(emit, emit.at("i8", args.weight, next_block), variant.chunk_bytes)
+        place = emit.op("mul", row.index, variant.block_columns)
+        place = emit.op("add", place, emit.op("mul", local.index, CHUNK))
+        for v, value in enumerate(in_order(emit, variant, args, weight_row, weight_chunk)):
+            if lane == "bfloat":
+                value = emit(f"fptrunc {F32X16} {value} to <16 x bfloat>")
+            emit.store(f"<16 x {lane}>", value, emit.at(lane, block, emit.op("add", place, v * 16)), 32)
+
+
+def multiply_tile(
+    emit, variant: Variant, args: Arguments, tile: GemmTile, block: str, sums: str, chunk: str, count: str
+):
+    """sums[row, panel] += block[row] * panel, for the rows and panels of a tile and the columns of a block."""
+    per_chunk = CHUNK // 2 if variant.dots_bf16 else CHUNK  # steps: a column, or a pair, of one panel is 64 bytes
+    places, panels = [], []
+    for r in range(tile.rows):
+        line = emit.op("mul", emit.op("add", tile.row, r), args.panels)
+        for p in range(tile.panels):
+            index = emit.op("add", line, emit.op("add", tile.panel, p))
+            places.append(emit.at(F32X16, sums, index))
+    for p in range(tile.panels):
+        line = emit.op("mul", emit.op("add", tile.panel, p), args.chunks)
+        panels.append(emit.at(F32X16, args.x, emit.op("mul", emit.op("add", line, chunk), per_chunk)))
+    rows = emit.at(variant.lane, block, emit.op("mul", tile.row, variant.block_columns))
+    unroll = 4
+    carried = [(F32X16, emit.load(F32X16, place, 64)) for place in places]
+    with emit.loop(emit.op("mul", count, per_chunk), unroll, carried=carried) as step:
+        totals = list(step.values)
+        for u in range(unroll):
+            index = emit.op("add", step.index, u)
+            xs = [emit.load(variant.vector, emit.at(F32X16, panel, index), 64) for panel in panels]
+            for r in range(tile.rows):
+                offset = emit.op("add", index, r * variant.block_columns * per_chunk // CHUNK)
+                weight = broadcast(emit, variant, emit.at("float", rows, offset))
+                for p, x in enumerate(xs):
+                    number = r * tile.panels + p
+                    totals[number] = multiply_add(emit, variant, weight, x, totals[number])
+        step.update = totals
+    for place, total in zip(places, step.update):
+        emit.store(F32X16, total, place, 64)
+
+
+def broadcast(emit: Emitter, variant: Variant, pointer: str) -> str:
+    """One float32, or a pair of bfloat16, in all lanes."""
+    vector = splat(emit, emit.load("float", pointer, 4))
+    return emit(f"bitcast {F32X16} {vector} to {BF16X32}") if variant.dots_bf16 else vector
+
+
+def finish_tile(emit: Emitter, variant: Variant, args: Arguments, sums: str, first: str, row: str, panel: str) -> None:
+    """y[16 rows of a panel, 8 rows of the weight] = scale * sums, transposed."""
+    kind, rows = variant.x, []
+    for r in range(8):
+        local = emit.op("add", row, r)
+        index = emit.op("add", emit.op("mul", local, args.panels), panel)
+        value = emit.load(F32X16, emit.at(F32X16, sums, index), 64)
+        if variant.scale and not variant.group:
+            scale = row_scale(emit, variant, args, emit.op("add", first, local))
+            value = emit.op("fmul", value, splat(emit, scale), F32X16)
+        rows.append(narrow(emit, kind, value))
+    size = PANEL
+    while len(rows) > 1:  # interleave the first half with the second until one vector holds [16, 8]
+        half, lanes = len(rows) // 2, [lane for n in range(size) for lane in (n, size + n)]
+        rows = [emit.shuffle(f"<{size} x {kind}>", a, lanes, b) for a, b in zip(rows[:half], rows[half:])]
+        size *= 2
+    place = emit.op("add", emit.op("mul", emit.op("mul", panel, PANEL), args.rows), emit.op("add", first, row))
+    for m in range(PANEL):
+        of_row = emit.shuffle(f"<{size} x {kind}>", rows[0], list(range(8 * m, 8 * m + 8)))
+        index = emit.op("add", place, emit.op("mul", args.rows, m))
+        emit.store(f"<8 x {kind}>", of_row, emit.at(kind, args.y, index))

@@ -16,18 +16,17 @@ import warnings
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .cpu_kernel_ir import CHUNK, TILE, Variant, kernel_ir
+from .cpu_kernel_ir import BLOCK_ROWS, CHUNK, PANEL, TILE, Variant, kernel_ir
 
 GEMV_ROWS = 4  # rows of activations in one pass over the weight: more sums than that do not fit the registers
-FEW_ROWS = {
-    4: 32,
-    8: 32,
-    16: 8,
-}  # bits -> up to so many rows, repeated passes beat unpacking; benchmarks/cpu_kernels.py
-BLOCK_BYTES = 8 << 20  # of unpacked weight at a time: stays in the last-level cache
+FEW_ROWS = 8  # up to so many rows, passes of a gemv beat the matrix product; see benchmarks/cpu_kernels.py
+TORCH_INT8_ROWS = 16  # up to so many rows, torch's INT8 kernel beats unpacking in plain PyTorch
+BF16_ROWS = (
+    64  # from here on torch's own product of bfloat16 matrices is faster, where the CPU has instructions for it
+)
+SLAB_ROWS = 256  # rows of activations in one matrix product, so that they stay in the last-level cache
 IR_TYPES = {torch.float32: "float", torch.bfloat16: "bfloat", torch.float16: "half"}
 
 _lock = threading.RLock()
@@ -50,12 +49,14 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int) -> Tensor
     """
     if not _is_served(x, weight, scale, bits):
         return None
-    if x.shape[0] <= FEW_ROWS[bits]:
+    rows = x.shape[0]
+    if rows <= FEW_ROWS or weight.shape[0] < BLOCK_ROWS:
         y = _gemv(x, weight, scale, bits)
-        return _torch_linear(x, weight, scale, bits) if y is None else y
-    if bits == 16 and weight.dtype == torch.bfloat16:
-        return None  # torch's own matrix product is the best there is
-    return _unpack_and_multiply(x, weight, scale, bits)
+    else:
+        y = _gemm(x, weight, scale, bits)
+    if y is None and rows <= TORCH_INT8_ROWS:
+        return _torch_linear(x, weight, scale, bits)
+    return y
 
 
 def dequantize(weight: Tensor, scale: Tensor | None, bits: int, dtype: torch.dtype) -> Tensor | None:
@@ -75,7 +76,8 @@ def _group(weight: Tensor, scale: Tensor | None, bits: int) -> int:
 
 
 def _is_served(x: Tensor | None, weight: Tensor, scale: Tensor | None, bits: int) -> bool:
-    if weight.dim() != 2 or weight.dtype not in ((torch.float16, torch.bfloat16) if bits == 16 else (torch.int8,)):
+    stored_as = {4: (torch.int8,), 8: (torch.int8,), 16: (torch.float16, torch.bfloat16)}
+    if weight.dim() != 2 or weight.dtype not in stored_as.get(bits, ()):
         return False
     rows, columns = weight.shape[0], _columns(weight, bits)
     if rows % TILE or columns % CHUNK or rows == 0 or columns == 0:
@@ -112,24 +114,36 @@ def _gemv(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int) -> Tensor 
         address = _kernel(_variant("gemv", weight, scale, bits, x.dtype, part.shape[0]))
         if address is None:
             return None
-        _launch(address, weight, scale, part, y[start : start + GEMV_ROWS], bits)
+        _launch(address, weight, scale, part, y[start:], bits, scratch=part.numel())
     return y.to(x.dtype)
 
 
-def _unpack_and_multiply(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int) -> Tensor | None:
-    """Unpacks a block of rows at a time to the type of x (float16 to float32, whose product is faster and exact)."""
-    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
-    if _kernel(_variant("dequantize", weight, scale, bits, dtype)) is None:
+def _gemm(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int) -> Tensor | None:
+    """Unpacks the weight block by block in each thread's cache and multiplies it with all rows of x."""
+    variant = _variant("gemm", weight, scale, bits, x.dtype)
+    if bits == 16 and variant.dots_bf16 and x.shape[0] > BF16_ROWS:
         return None
-    step = max(TILE, BLOCK_BYTES // (x.shape[1] * dtype.itemsize) // TILE * TILE)
-    block, inputs = torch.empty(step, x.shape[1], dtype=dtype), x.to(dtype)
-    y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
-    for start in range(0, weight.shape[0], step):
-        rows = slice(start, min(start + step, weight.shape[0]))
-        part = block[: rows.stop - rows.start]
-        _dequantize_into(part, weight[rows], None if scale is None else scale[rows], bits)
-        y[:, rows] = F.linear(inputs, part)
-    return y
+    address = _kernel(variant)
+    if address is None:
+        return None
+    y = torch.empty(-(-x.shape[0] // PANEL) * PANEL, weight.shape[0], dtype=x.dtype)
+    for start in range(0, x.shape[0], SLAB_ROWS):
+        panels = _panels(x[start : start + SLAB_ROWS], variant.dots_bf16)
+        scratch = variant.gemm_scratch(len(panels))
+        _launch(address, weight, scale, panels, y[start:], bits, scratch, len(panels), task_rows=BLOCK_ROWS)
+    return y[: x.shape[0]]
+
+
+def _panels(x: Tensor, pairs: bool) -> Tensor:
+    """x [M, K] -> [ceil(M / 16), K, 16] float32, or with `pairs` [.., K / 2, 16] of two bfloat16 each; zeros below."""
+    words = x.view(torch.int32) if pairs else x.float()
+    panels = words.new_empty(-(-len(x) // PANEL), words.shape[1], PANEL)
+    for number, panel in enumerate(panels):
+        rows = words[number * PANEL : (number + 1) * PANEL]
+        if len(rows) < PANEL:
+            panel.zero_()
+        panel[:, : len(rows)].copy_(rows.t())
+    return panels
 
 
 def _torch_linear(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int) -> Tensor | None:
@@ -230,29 +244,49 @@ def _compile(variant: Variant) -> tuple:
 
 def _check(variant: Variant, address: int) -> None:
     """Compares a kernel with plain torch in float64 on a small problem; raises RuntimeError where they differ."""
-    generator = torch.Generator().manual_seed(0)
-    rows, columns = 5 * TILE, 3 * CHUNK
-    types = {name: dtype for dtype, name in IR_TYPES.items()}
-    if variant.bits == 16:
-        weight, scale = torch.randn(rows, columns, generator=generator).to(types[variant.weight]), None
-        exact = weight.double()
-    else:
-        packed = (rows, columns * variant.bits // 8)
-        weight = torch.randint(-128, 128, packed, generator=generator, dtype=torch.int8)
-        exact = weight if variant.bits == 8 else torch.stack((weight >> 4, (weight << 4) >> 4), -1).flatten(1)
-        groups = columns // variant.group if variant.group else 1
-        scale = torch.rand(rows, groups, generator=generator).add(0.5).to(types[variant.scale])
-        exact = exact.double() * scale.double().repeat_interleave(columns // groups, 1)
-        scale = scale if variant.group else scale[:, 0].contiguous()
+    rows, columns = BLOCK_ROWS + TILE, variant.block_columns + CHUNK  # not whole blocks
+    weight, scale, exact = _example(variant, rows, columns)
     if variant.kind == "dequantize":
-        y = _launch(address, weight, scale, None, torch.empty(rows, columns, dtype=types[variant.x]), variant.bits)
-        wrong = y != exact.float().to(types[variant.x])
+        y = torch.empty(rows, columns, dtype=_dtype(variant.x))
+        _launch(address, weight, scale, None, y, variant.bits)
+        wrong = y != exact.float().to(y.dtype)
     else:
-        x = torch.randn(variant.rows, columns, generator=generator).to(types[variant.x])
-        y = _launch(address, weight, scale, x, torch.empty(variant.rows, rows), variant.bits)
-        wrong = ~((y - x.double() @ exact.T).abs() <= 1e-5 * (x.double().abs() @ exact.abs().T))
+        x = _noise(variant.rows or 2 * PANEL + 1, columns).to(_dtype(variant.x))
+        if variant.kind == "gemv":
+            y = torch.empty(len(x), rows)
+            _launch(address, weight, scale, x, y, variant.bits, scratch=x.numel())
+        else:
+            y = torch.empty(3 * PANEL, rows, dtype=x.dtype)
+            panels = _panels(x, variant.dots_bf16)
+            _launch(address, weight, scale, panels, y, variant.bits, variant.gemm_scratch(3), 3, BLOCK_ROWS)
+        rounded_weight = 2.0**-9 if variant.kind == "gemm" and variant.dots_bf16 and variant.group else 0.0
+        magnitude, exact = x.double().abs() @ exact.abs().T, x.double() @ exact.T
+        bound = (1e-5 + rounded_weight) * magnitude + torch.finfo(y.dtype).eps * exact.abs()
+        wrong = ~((y[: len(x)] - exact).abs() <= bound)
     if wrong.any():
         raise RuntimeError(f"{int(wrong.sum())} of {wrong.numel()} results differ from plain PyTorch")
+
+
+def _example(variant: Variant, rows: int, columns: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    """A weight [rows, columns] with every bit pattern of its type, its scale, and both multiplied in float64."""
+    if variant.bits == 16:
+        weight = _noise(rows, columns).to(_dtype(variant.weight))
+        return weight, None, weight.double()
+    bytes_per_row = columns * variant.bits // 8
+    weight = torch.arange(rows * bytes_per_row).mul(167).to(torch.int8).view(rows, bytes_per_row)
+    values = weight if variant.bits == 8 else torch.stack((weight >> 4, (weight << 4) >> 4), -1).flatten(1)
+    groups = columns // variant.group if variant.group else 1
+    scale = torch.linspace(0.5, 1.5, rows * groups).view(rows, groups).to(_dtype(variant.scale))
+    exact = values.double() * scale.double().repeat_interleave(columns // groups, 1)
+    return weight, scale if variant.group else scale.flatten(), exact
+
+
+def _noise(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))  # the caller's generator stays untouched
+
+
+def _dtype(ir_type: str) -> torch.dtype:
+    return next(dtype for dtype, name in IR_TYPES.items() if name == ir_type)
 
 
 def _openmp():
@@ -268,16 +302,25 @@ def _openmp():
     return _machine["openmp"]
 
 
-def _launch(address: int, weight: Tensor, scale: Tensor | None, x: Tensor | None, y: Tensor, bits: int) -> Tensor:
-    """Runs a kernel on torch's threads; see Arguments in cpu_kernel_ir.py."""
-    rows, columns = weight.shape[0], _columns(weight, bits)
+def _launch(
+    address: int,
+    weight: Tensor,
+    scale: Tensor | None,
+    x: Tensor | None,
+    y: Tensor,
+    bits: int,
+    scratch: int = 0,
+    panels: int = 0,
+    task_rows: int = 0,
+) -> Tensor:
+    """Runs a kernel on torch's threads, each with `scratch` float32 of its own; see Arguments in cpu_kernel_ir.py."""
+    rows, chunks = weight.shape[0], _columns(weight, bits) // CHUNK
     parallel = _openmp()
     threads = torch.get_num_threads() if parallel else 1
-    own_x = 0 if x is None else x.numel()
-    scratch = torch.empty(threads * own_x + 16)  # float32; 16 more for the alignment to 64 bytes
+    memory = torch.empty(threads * scratch + 16)  # 16 more for the alignment to 64 bytes
     pointers = [0 if tensor is None else tensor.data_ptr() for tensor in (weight, scale, x, y)]
-    task_rows = min(256, max(4 * TILE, rows // (8 * threads) // TILE * TILE))
-    words = (0, 0, *pointers, scratch.data_ptr() + 63 & ~63, rows, columns // CHUNK, task_rows)
+    task_rows = task_rows or min(256, max(4 * TILE, rows // (8 * threads) // TILE * TILE))
+    words = (0, 0, *pointers, memory.data_ptr() + 63 & ~63, rows, chunks, task_rows, panels)
     arguments = (ctypes.c_int64 * len(words))(*words)
     if threads == 1:
         ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)(ctypes.addressof(arguments))

@@ -1,0 +1,339 @@
+"""The CPU kernels against float64, on every instruction set this machine can run, and what they refuse."""
+
+import subprocess
+import sys
+import threading
+import warnings
+
+import pytest
+import torch
+from chatglm_slim import cpu_kernels
+from chatglm_slim.cpu_kernel_ir import Variant, kernel_ir
+from chatglm_slim.cpu_kernels import dequantize, instruction_set, linear
+
+INSTRUCTION_SETS = ("avx2", "avx512", "avx512_bf16")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROUNDING = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+needs_kernels = pytest.mark.skipif(not instruction_set(), reason="needs llvmlite and a CPU with AVX2 and FMA")
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def isa(request, monkeypatch):
+    """Each instruction set up to the one of this machine."""
+    if request.param not in INSTRUCTION_SETS[: INSTRUCTION_SETS.index(instruction_set() or "avx2") + 1]:
+        pytest.skip(f"this CPU has no {request.param}")
+    monkeypatch.setitem(cpu_kernels._machine, "isa", request.param)
+    return request.param
+
+
+@pytest.fixture
+def no_llvmlite(monkeypatch):
+    monkeypatch.setitem(sys.modules, "llvmlite", None)
+    monkeypatch.setitem(sys.modules, "llvmlite.binding", None)
+    monkeypatch.setattr(cpu_kernels, "_machine", {})
+    monkeypatch.setattr(cpu_kernels, "_compiled", {})
+
+
+def make_weight(rows, columns, bits, group=0, dtype=torch.float16, seed=0):
+    """(weight, scale, both multiplied in float64), with the lowest integers and a row of zeros among them."""
+    generator = torch.Generator().manual_seed(seed)
+    if bits == 16:
+        weight = torch.randn(rows, columns, generator=generator).to(dtype)
+        return weight, None, weight.double()
+    low = -(1 << bits - 1)
+    values = torch.randint(low, -low, (rows, columns), generator=generator)
+    values[0, :3], values[-1] = low, 0
+    weight = values.to(torch.int8)
+    if bits == 4:
+        weight = ((values[:, ::2] << 4) | (values[:, 1::2] & 15)).to(torch.int8)
+    groups = columns // group if group else 1
+    scale = torch.rand(rows, groups, generator=generator).mul(0.02).add(1e-3).to(dtype)
+    exact = values.double() * scale.double().repeat_interleave(columns // groups, 1)
+    return weight, scale if group else scale[:, 0].contiguous(), exact
+
+
+def make_x(rows, columns, dtype):
+    """Activations with outliers, as a language model has them."""
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
+    x[:, ::97] *= 30
+    return x.to(dtype)
+
+
+def assert_close(y, x, exact, extra=0.0):
+    """Sums in float32 of exact products, rounded once to the type of y; `extra` as a share of the sum of sizes."""
+    assert y is not None and y.dtype == x.dtype and y.shape == (len(x), len(exact)) and y.is_contiguous()
+    expected, size = x.double() @ exact.T, x.double().abs() @ exact.abs().T
+    bound = ROUNDING[x.dtype] * expected.abs() + (2e-6 + extra) * size
+    assert ((y - expected).abs() <= bound).all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("x_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("bits", "group"), [(4, 0), (4, 32), (4, 128), (8, 0), (8, 64), (16, 0)])
+def test_linear_sums_exact_products_in_float32(isa, x_dtype, bits, group):
+    rows, columns = 68, 640  # a block and a bit of rows, five chunks of columns
+    dtype = torch.float16 if x_dtype == torch.float32 else x_dtype
+    weight, scale, exact = make_weight(rows, columns, bits, group, dtype)
+    rounded = isa == "avx512_bf16" and x_dtype == torch.bfloat16 and group
+    for few in (1, 3, 6):  # passes of a gemv
+        x = make_x(few, columns, x_dtype)
+        assert_close(linear(x, weight, scale, bits), x, exact)
+    for many in (9, 33):  # a matrix product, which rounds weights with group scales to bfloat16
+        x = make_x(many, columns, x_dtype)
+        assert_close(linear(x, weight, scale, bits), x, exact, extra=2.0**-9 if rounded else 0)
+
+
+@needs_kernels
+@pytest.mark.parametrize("scale_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_scales_may_have_any_type(scale_dtype, bits):
+    weight, scale, exact = make_weight(64, 256, bits, 64, scale_dtype)
+    x = make_x(2, 256, torch.float32)
+    assert_close(linear(x, weight, scale, bits), x, exact)
+
+
+@needs_kernels
+def test_bfloat16_activations_meet_float16_weights_and_the_other_way_round():
+    for weight_dtype, x_dtype in ((torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)):
+        weight, _, exact = make_weight(64, 256, 16, dtype=weight_dtype)
+        for rows in (1, 20):
+            x = make_x(rows, 256, x_dtype)
+            assert_close(linear(x, weight, None, 16), x, exact)
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [4, 60, 64, 132, 1000])
+def test_any_multiple_of_four_rows_of_the_weight(rows):
+    weight, scale, exact = make_weight(rows, 128, 4)
+    for few_or_many in (1, 24):
+        x = make_x(few_or_many, 128, torch.bfloat16)
+        assert_close(linear(x, weight, scale, 4), x, exact)
+
+
+@needs_kernels
+@pytest.mark.parametrize("columns", [128, 384, 1152, 4096])
+def test_any_multiple_of_128_columns(isa, columns):
+    weight, scale, exact = make_weight(64, columns, 8)
+    for rows in (4, 40):
+        x = make_x(rows, columns, torch.bfloat16)
+        assert_close(linear(x, weight, scale, 8), x, exact)
+
+
+@needs_kernels
+def test_long_prompts_go_in_slabs(monkeypatch):
+    monkeypatch.setattr(cpu_kernels, "SLAB_ROWS", 32)
+    weight, scale, exact = make_weight(64, 128, 8)
+    x = make_x(75, 128, torch.float32)
+    assert_close(linear(x, weight, scale, 8), x, exact)
+
+
+@needs_kernels
+def test_one_and_more_threads_give_the_same_bits():
+    weight, scale, _ = make_weight(512, 1024, 4)
+    before = torch.get_num_threads()
+    try:
+        for rows in (1, 30):
+            x, results = make_x(rows, 1024, torch.bfloat16), []
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                results.append(linear(x, weight, scale, 4))
+            assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("bits", "group"), [(4, 0), (4, 32), (8, 0), (8, 128), (16, 0)])
+def test_dequantize_equals_plain_torch_bit_for_bit(isa, dtype, bits, group):
+    for scale_dtype in DTYPES if bits < 16 else (torch.float16, torch.bfloat16):
+        weight, scale, exact = make_weight(36, 384, bits, group, scale_dtype)
+        if scale is not None:
+            scale[1] = 0
+            scale[2] = 65504 if scale_dtype == torch.float16 else 1e38  # overflows some results to infinity
+            scale[3] = 6e-8 if scale_dtype == torch.float16 else 1e-40  # subnormal
+            repeated = scale if not group else scale.repeat_interleave(group, 1)
+            integers = make_weight(36, 384, bits, group, torch.float32)
+            integers = (integers[2] / integers[1].double().view(36, -1).repeat_interleave(group or 384, 1)).round()
+            expected = integers.float() * repeated.float().view(36, -1)
+        else:
+            expected = exact.float()
+        assert torch.equal(dequantize(weight, scale, bits, dtype), expected.to(dtype))
+
+
+@needs_kernels
+def test_dequantize_keeps_infinities_and_nans_of_16_bit_weights(isa):
+    weight = torch.randn(4, 128).half()
+    weight[0, :3] = torch.tensor([float("inf"), float("-inf"), float("nan")])
+    for dtype in DTYPES:
+        torch.testing.assert_close(
+            dequantize(weight, None, 16, dtype), weight.to(dtype), rtol=0, atol=0, equal_nan=True
+        )
+
+
+@needs_kernels
+@pytest.mark.parametrize("x_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [2, 20])
+def test_infinite_and_nan_activations_stay_visible_in_their_row_only(isa, x_dtype, rows):
+    weight, scale, _ = make_weight(64, 128, 4)
+    x = make_x(rows, 128, x_dtype)
+    healthy = linear(x, weight, scale, 4)
+    x[0, 5], x[1, 7] = float("nan"), float("inf")
+    y = linear(x, weight, scale, 4)
+    assert y[0, :-1].isnan().all() and not y[1].isfinite()[:-1].all()
+    assert torch.equal(y[2:], healthy[2:])
+
+
+@needs_kernels
+def test_a_row_of_zeros_gives_zeros():
+    weight, scale, _ = make_weight(64, 128, 8)
+    scale[-1] = 0
+    assert not linear(make_x(1, 128, torch.bfloat16), weight, scale, 8)[:, -1].any()
+
+
+def refusals():
+    weight, scale, _ = make_weight(64, 256, 8)
+    x = make_x(2, 256, torch.float32)
+    half, _, _ = make_weight(64, 256, 16)
+    return {
+        "rows not a multiple of 4": (x, weight[:62], scale[:62], 8),
+        "columns not a multiple of 128": (x[:, :192].contiguous(), weight[:, :192].contiguous(), scale, 8),
+        "x of another width": (x[:, :128].contiguous(), weight, scale, 8),
+        "x not contiguous": (make_x(256, 2, torch.float32).t(), weight, scale, 8),
+        "weight not contiguous": (x, weight.t().contiguous().t(), scale, 8),
+        "x with three dimensions": (x[None], weight, scale, 8),
+        "x without rows": (x[:0], weight, scale, 8),
+        "x of another type": (x.double(), weight, scale, 8),
+        "weight of another type": (x, weight.int(), scale, 8),
+        "float32 weight": (x, half.float(), None, 16),
+        "no scale": (x, weight, None, 8),
+        "a scale for 16 bits": (x, half, scale, 16),
+        "groups of 16": (x, weight, torch.ones(64, 16), 8),
+        "too few scales": (x, weight, scale[:60], 8),
+        "scale of another type": (x, weight, scale.double(), 8),
+        "other bits": (x, weight, scale, 2),
+        "meta tensors": (x.to("meta"), weight.to("meta"), scale.to("meta"), 8),
+    }
+
+
+@pytest.mark.parametrize("case", list(refusals()))
+def test_linear_refuses(case):
+    assert linear(*refusals()[case]) is None
+
+
+@needs_kernels
+def test_dequantize_refuses_other_types_of_result():
+    weight, scale, _ = make_weight(4, 128, 8)
+    assert dequantize(weight, scale, 8, torch.float32) is not None
+    assert dequantize(weight, scale, 8, torch.float64) is None
+
+
+@needs_kernels
+@pytest.mark.parametrize(("kind", "rows"), [("gemv", 1), ("gemm", 16)])
+def test_a_wrong_kernel_is_replaced_with_one_warning(monkeypatch, kind, rows):
+    def wrong(variant):
+        text = kernel_ir(variant)
+        return text.replace("fmul", "fadd", 1) if variant.kind == kind else text
+
+    monkeypatch.setattr(cpu_kernels, "kernel_ir", wrong)
+    monkeypatch.setattr(cpu_kernels, "_compiled", {})
+    weight, scale, exact = make_weight(64, 256, 8)
+    x = make_x(rows, 256, torch.bfloat16)
+    with pytest.warns(UserWarning, match="differ from plain PyTorch"):
+        first = linear(x, weight, scale, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second = linear(x, weight, scale, 8)
+    assert torch.equal(first, second)
+    assert_close(second, x, exact, extra=2.0**-8)  # torch's own kernel
+
+
+@needs_kernels
+def test_text_that_llvm_rejects_is_replaced_with_one_warning(monkeypatch):
+    monkeypatch.setattr(cpu_kernels, "kernel_ir", lambda variant: "no IR at all")
+    monkeypatch.setattr(cpu_kernels, "_compiled", {})
+    weight, scale, _ = make_weight(64, 256, 4)
+    with pytest.warns(UserWarning, match="is not used"):
+        assert dequantize(weight, scale, 4, torch.float32) is None
+
+
+@pytest.mark.parametrize("x_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_without_llvmlite_torchs_int8_kernel_serves_few_rows(no_llvmlite, bits, x_dtype):
+    weight, scale, exact = make_weight(64, 256, bits, dtype=torch.float32)
+    x = make_x(2, 256, x_dtype)
+    y = linear(x, weight, scale, bits)
+    error = (y - x.double() @ exact.T).norm() / (x.double() @ exact.T).norm()
+    assert y.dtype == x_dtype and error < 6e-3  # activations and two results rounded to bfloat16
+
+
+def test_without_llvmlite_the_rest_is_left_to_plain_torch(no_llvmlite):
+    weight, scale, _ = make_weight(64, 256, 8)
+    grouped, scales, _ = make_weight(64, 256, 8, group=32)
+    assert linear(make_x(64, 256, torch.float32), weight, scale, 8) is None
+    assert linear(make_x(1, 256, torch.float32), grouped, scales, 8) is None
+    assert linear(make_x(1, 256, torch.float32), make_weight(64, 256, 16)[0], None, 16) is None
+    assert dequantize(weight, scale, 8, torch.float32) is None
+
+
+@needs_kernels
+def test_a_cpu_without_fused_multiply_add_is_not_served(monkeypatch):
+    import llvmlite.binding
+
+    monkeypatch.setattr(llvmlite.binding, "get_host_cpu_features", lambda: {"avx2": True, "f16c": True, "fma": False})
+    monkeypatch.setattr(cpu_kernels, "_machine", {})
+    assert instruction_set() == ""
+
+
+@needs_kernels
+def test_threads_that_arrive_together_compile_once(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(cpu_kernels, "_compiled", {})
+    original = cpu_kernels._compile
+    monkeypatch.setattr(cpu_kernels, "_compile", lambda variant: compiled.append(variant) or original(variant))
+    weight, scale, exact = make_weight(64, 256, 8)
+    x, results = make_x(1, 256, torch.float32), []
+    threads = [threading.Thread(target=lambda: results.append(linear(x, weight, scale, 8))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(compiled) == 1 and len(results) == 4
+    for y in results:
+        assert_close(y, x, exact)
+
+
+@needs_kernels
+def test_compiling_leaves_the_callers_random_numbers_alone(monkeypatch):
+    monkeypatch.setattr(cpu_kernels, "_compiled", {})
+    weight, scale, _ = make_weight(64, 128, 8)
+    state = torch.get_rng_state()
+    linear(make_x(20, 128, torch.float32), weight, scale, 8)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@needs_kernels
+def test_without_openmp_one_thread_does_the_work(monkeypatch):
+    monkeypatch.setitem(cpu_kernels._machine, "openmp", None)
+    weight, scale, exact = make_weight(256, 256, 4)
+    x = make_x(1, 256, torch.bfloat16)
+    assert_close(linear(x, weight, scale, 4), x, exact)
+
+
+def test_kernels_for_avx2_call_no_instruction_of_avx512():
+    for kind in ("gemv", "gemm", "dequantize"):
+        for x in ("float", "bfloat", "half"):
+            assert "avx512" not in kernel_ir(Variant(kind, "avx2", 4, 32, "", "half", x, 2))
+
+
+def test_importing_compiles_and_looks_up_nothing():
+    code = (
+        "import sys, types\n"
+        "package = sys.modules['p'] = types.ModuleType('p')\n"
+        "package.__path__ = [sys.argv[1]]\n"
+        "from p import cpu_kernels\n"
+        "assert 'llvmlite' not in sys.modules and not cpu_kernels._machine and not cpu_kernels._compiled"
+    )
+    root = cpu_kernels.__file__.rpartition("/")[0]
+    subprocess.run([sys.executable, "-c", code, root], check=True, timeout=60)
