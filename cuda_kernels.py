@@ -474,10 +474,12 @@ class _Kernels:
 
     def __init__(self, cpm: _CpmKernels, device: torch.device, cubin: bytes):
         self._device = device
-        self._module = cpm.base.LazyKernelCModule(cubin)
-        self._function = functools.cache(functools.partial(cpm.base.KernelFunction, self._module))
+        self._set_device = cpm.cudart.cudaSetDevice
+        module = cpm.base.LazyKernelCModule(cubin)
+        self._function = functools.cache(functools.partial(cpm.base.KernelFunction, module))
         with _on(device):
-            self._module.get_module()  # here, not at the first product: the driver may refuse the cubin
+            self._set_device(device.index or 0)
+            module.get_module()  # here, not at the first product: the driver may refuse the cubin
 
     def linear(self, matrix: _Matrix, bits: int, x: Tensor, y: Tensor) -> None:
         tile = 1 if x.shape[0] == 1 else 4
@@ -496,6 +498,7 @@ class _Kernels:
     def _launch(self, name: str, blocks: int, threads: int, *arguments) -> None:
         if blocks:  # a matrix without elements needs no launch, and CUDA refuses an empty one
             with _on(self._device):
+                self._set_device(self._device.index or 0)  # cpm_kernels may use another copy of the runtime than torch
                 self._function(name)((blocks, 1, 1), (threads, 1, 1), 0, _stream(self._device), arguments)
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import ctypes.util
+import importlib
 import importlib.util
 import logging
 import os
+import subprocess
 import sys
 import threading
 import warnings
@@ -20,9 +22,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from chatglm_slim import cuda_kernels
+from chatglm_slim import cuda_kernels, quantization
 from chatglm_slim.quantization import dequantize_weight
-from cuda_emulation import build, checks, nvrtc_table
+from cuda_emulation import build, checks, mutants, nvrtc_table, seam
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -34,6 +36,16 @@ needs_compilers = pytest.mark.skipif(
     reason="g++ or NVRTC is missing: apt install g++; pip install nvidia-cuda-nvrtc-cu12 nvidia-cuda-nvrtc",
 )
 FLOATS = checks.FLOATS
+COMPILE = cuda_kernels._compile
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The emulated GPU is one thread, and tensors here are small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -45,25 +57,34 @@ def toolkit(tmp_path_factory) -> Path:
     return folder
 
 
+CUBINS = {}
+
+
+def compiled_once(nvrtc, capability) -> bytes:
+    """_compile, for all tests together; the tests of _compile itself have `compiling`."""
+    if capability not in CUBINS:
+        CUBINS[capability] = COMPILE(nvrtc, capability)
+    return CUBINS[capability]
+
+
+@pytest.fixture
+def compiling(emulated, monkeypatch):
+    monkeypatch.setattr(cuda_kernels, "_compile", COMPILE)
+    COMPILE.cache_clear()
+
+
 @pytest.fixture
 def emulated(toolkit, monkeypatch) -> ctypes.CDLL:
     """Two emulated GPUs in front of an unused seam; the driver itself, to ask what was launched."""
-    driver = ctypes.CDLL(str(toolkit / "lib64" / "libcuda.so"))
+    library = toolkit / "lib64" / "libcuda.so"
+    driver = ctypes.CDLL(str(library))
     driver.emulatedLastKernel.restype = ctypes.c_char_p
-
-    @contextlib.contextmanager
-    def on(device):
-        driver.cudaSetDevice(device.index or 0)
-        yield
-        driver.cudaSetDevice(0)
-
+    driver.emulatedLastStream.restype = ctypes.c_void_p
     monkeypatch.setenv("CUDA_PATH", str(toolkit))
     monkeypatch.setenv("EMULATED_DEVICES", "2")
-    monkeypatch.setattr(cuda_kernels, "_is_served", lambda tensor: True)
-    monkeypatch.setattr(cuda_kernels, "_capability", lambda device: (8, 0))
-    monkeypatch.setattr(cuda_kernels, "_on", on)
-    monkeypatch.setattr(cuda_kernels, "_stream", lambda device: 0x5EED)
-    monkeypatch.setattr(cuda_kernels, "_loaded", {})
+    for name, value in seam.emulated(library).items():
+        monkeypatch.setattr(cuda_kernels, name, value)
+    monkeypatch.setattr(cuda_kernels, "_compile", compiled_once)
     cuda_kernels._cpm_kernels.cache_clear()
     cuda_kernels._warn_once.cache_clear()
     for name in [name for name in sys.modules if name.split(".")[0] == "cpm_kernels"]:
@@ -177,6 +198,15 @@ def test_a_product_of_the_full_width_stays_within_the_bound(kernels, bits):
 def test_no_result_depends_on_the_order_of_the_threads(kernels, monkeypatch, seed):
     monkeypatch.setenv("EMULATED_SEED", str(seed))
     checks.check_everything(kernels)
+
+
+@needs_compilers
+def test_the_checks_catch_every_broken_kernel():
+    script = Path(mutants.__file__)
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=1200)
+    print("\n" + result.stdout)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("\n") == 1 + len(mutants.MUTANTS)
 
 
 # ---- what quantization.py calls -------------------------------------------------------------------------------------
@@ -307,14 +337,19 @@ def test_tensors_on_the_cpu_are_left_alone(monkeypatch):
     assert cuda_kernels._loaded == {}
 
 
-def test_transformers_does_not_take_cpm_kernels_for_a_requirement():
-    from transformers.dynamic_module_utils import get_imports
+def test_transformers_loads_the_file_where_cpm_kernels_is_absent(monkeypatch):
+    from transformers.dynamic_module_utils import check_imports  # it refuses files whose imports are missing
 
-    assert "cpm_kernels" not in get_imports(cuda_kernels.__file__)
+    for name in [name for name in sys.modules if name.split(".")[0] == "cpm_kernels"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Absent("cpm_kernels"), *sys.meta_path])
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("cpm_kernels")
+    check_imports(cuda_kernels.__file__)
 
 
 @needs_compilers
-def test_the_first_use_loads_silently_and_leaves_nothing_patched(emulated, monkeypatch):
+def test_the_first_use_loads_silently_and_leaves_nothing_patched(emulated, compiling, monkeypatch):
     monkeypatch.setitem(sys.modules, "pkg_resources", None)  # as in an environment without it
     monkeypatch.delitem(sys.modules, "pkg_resources")
     before = ctypes.util.find_library, os.path.exists, os.environ["PATH"], "pkg_resources" in sys.modules
@@ -326,22 +361,29 @@ def test_the_first_use_loads_silently_and_leaves_nothing_patched(emulated, monke
 
 @needs_compilers
 def test_launches_go_to_the_tensors_device_and_to_its_current_stream(emulated):
-    emulated.emulatedLastStream.restype = ctypes.c_void_p
     for index in (1, 0):
         device = torch.device("cuda", index)
         kernels = cuda_kernels._load_or_warn(device)
         checks.check_linear(kernels, 1, 3, 64, 8, 1, torch.float16, torch.float16)
         assert emulated.emulatedLastDevice() == index
-        assert emulated.emulatedLastStream() == 0x5EED
+        assert emulated.emulatedLastStream() == seam.STREAM
 
 
 @needs_compilers
-def test_two_gpus_of_a_kind_are_compiled_for_once(emulated):
-    cuda_kernels._compile.cache_clear()
+def test_a_runtime_library_of_its_own_does_not_send_cpm_kernels_to_another_gpu(emulated, monkeypatch):
+    monkeypatch.setattr(cuda_kernels, "_on", lambda device: contextlib.nullcontext())  # torch's copy; cpm's stays at 0
+    kernels = cuda_kernels._load_or_warn(torch.device("cuda", 1))
+    checks.check_linear(kernels, 1, 3, 64, 8, 1, torch.float16, torch.float16)
+    assert emulated.emulatedLastDevice() == 1
+    emulated.cudaSetDevice(0)
+
+
+@needs_compilers
+def test_two_gpus_of_a_kind_are_compiled_for_once(compiling):
     first, second = (cuda_kernels._load_or_warn(torch.device("cuda", index)) for index in (0, 1))
     assert first is not None
     assert second is not None
-    assert cuda_kernels._compile.cache_info().misses == 1
+    assert COMPILE.cache_info().misses == 1
 
 
 @needs_compilers
@@ -484,3 +526,63 @@ def test_a_rocm_build_of_pytorch_is_named(monkeypatch):
     assert y is None
     assert len(texts) == 1
     assert "ROCm" in texts[0]
+
+
+# ---- the benchmark --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(cuda_kernels.__file__).parent / "benchmarks"))
+    module = importlib.import_module("gpu_quantization")
+    for name, few in (("CALLS", 2), ("REPEATS", 2), ("NEW_TOKENS", 4)):
+        monkeypatch.setattr(module, name, few)
+    return module
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
+def test_without_a_gpu_the_benchmark_says_so_in_one_line_and_exits_with_2():
+    script = Path(cuda_kernels.__file__).parent / "benchmarks" / "gpu_quantization.py"
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stdout.count("\n") == 1
+    assert "no NVIDIA GPU" in result.stdout
+    assert result.stderr == ""
+
+
+@needs_compilers
+def test_the_benchmark_finds_the_kernels_right_and_a_wrong_one_wrong(kernels, benchmark, monkeypatch):
+    assert benchmark.wrong_numbers(torch.device("cpu"), ((4, 64),)) == []
+    linear = cuda_kernels.linear
+    monkeypatch.setattr(cuda_kernels, "linear", lambda *arguments: linear(*arguments) * 1.01)
+    wrong = benchmark.wrong_numbers(torch.device("cpu"), ((4, 64),))
+    assert "product of 1 rows, INT4 float16 4 x 64" in wrong
+
+
+@needs_compilers
+def test_the_benchmark_measures_every_way_of_a_product(kernels, benchmark):
+    clock = benchmark.Clock(torch.device("cpu"), eager=False)
+    bandwidth = benchmark.copy_bandwidth(clock, size=2**20)
+    lines = list(benchmark.product_table(benchmark.products(clock, {"small": (8, 64)}, (1, 32)), bandwidth))
+    assert len(lines) == 2 + 4
+    assert lines[2].startswith("| small | 8 | 1 | ")
+    assert "| 32 | – | – | – |" in lines[3]
+    assert min(benchmark.launch_cost(clock, calls=3)) > 0
+
+
+@needs_compilers
+def test_the_benchmark_decodes_with_the_model_in_every_way(kernels, benchmark, monkeypatch):
+    linear = cuda_kernels.linear  # the model stands on the CPU here
+    monkeypatch.setattr(
+        quantization, "cpu_linear", lambda *arguments: None if arguments[3] == 16 else linear(*arguments)
+    )
+    clock = benchmark.Clock(torch.device("cpu"), eager=True)
+    sizes = {"num_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "inner_hidden_size": 128}
+    lines = list(benchmark.model_table(clock, 0, contexts=(8,), **sizes))
+    assert [line.split(" | ")[:2] for line in lines[2:]] == [
+        ["| 16 bits", "matmul"],
+        ["| 8 bits", "fused"],
+        ["| 8 bits", "dequantize + matmul"],
+        ["| 4 bits", "fused"],
+        ["| 4 bits", "dequantize + matmul"],
+    ]

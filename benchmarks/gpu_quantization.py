@@ -1,0 +1,342 @@
+"""The CUDA kernels on a real GPU: are they right, how fast are they, what do they bring to the whole model.
+
+    python benchmarks/gpu_quantization.py [--device cuda:0] [--skip-model] [--eager]
+
+The kernels were verified by compilation and emulation, on machines without a GPU. This prints, for the one at hand:
+whether compression, extraction and products are right; the time of a first use and of a launch; for each matrix of
+the 6B model and several numbers of rows the time and GB/s of the fused product, beside a copy on the same device, the
+dequantize-then-matmul way and a 16-bit matmul; and tokens/s of the model with random weights, as far as memory allows.
+Without an NVIDIA GPU it says so and exits with 2; if a number is wrong it exits with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+MATRICES = {  # of a layer: output by input features
+    "query_key_value": (12288, 4096),
+    "dense": (4096, 4096),
+    "dense_h_to_4h": (16384, 4096),
+    "dense_4h_to_h": (4096, 16384),
+}
+ROWS = (1, 2, 4, 8, 16, 32, 128)
+BEYOND_CACHE = 512 * 2**20  # bytes of different matrices in turn, so that no cache serves them
+CALLS = 20  # of a product, in one measurement
+REPEATS = 7
+CONTEXTS, NEW_TOKENS = (128, 1024), 64
+MODEL_BYTES = {16: 14.5e9, 8: 8.5e9, 4: 5.5e9}  # weights, cache and temporaries at these contexts
+NOWHERE = "gpu_quantization: no NVIDIA GPU that PyTorch can use was found, so there is nothing to measure."
+REPORT = "Please report this output, whole, in the issue tracker of the repository, with the name of your system."
+
+
+def package_module(name: str) -> types.ModuleType:
+    """A module of this package, whatever the clone's folder is called."""
+    package = sys.modules.setdefault("chatglm_slim", types.ModuleType("chatglm_slim"))
+    package.__path__ = [str(ROOT)]
+    return __import__(f"chatglm_slim.{name}", fromlist=[name])
+
+
+cuda_kernels = package_module("cuda_kernels")
+quantization = package_module("quantization")
+
+
+# ---- measuring ------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Seconds of GPU work: from a CUDA graph, so that the host's part does not count, or as it comes (`eager`)."""
+
+    def __init__(self, device: torch.device, eager: bool):
+        self.device, self.eager = device, eager
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def seconds(self, call: Callable[[int], object]) -> float:
+        """Median of `REPEATS` measurements of call(0), call(1) … call(CALLS - 1), for one call."""
+        for i in range(CALLS):
+            call(i)
+        work = self._captured(call) if self.device.type == "cuda" and not self.eager else lambda: repeat(call)
+        times = []
+        for _ in range(REPEATS):
+            self.synchronize()
+            began = time.perf_counter()
+            work()
+            self.synchronize()
+            times.append((time.perf_counter() - began) / CALLS)
+        return median(times)
+
+    def _captured(self, call: Callable[[int], object]) -> Callable[[], None]:
+        self.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            repeat(call)
+        graph.replay()
+        return graph.replay
+
+
+def repeat(call: Callable[[int], object]) -> None:
+    for i in range(CALLS):
+        call(i)
+
+
+def copy_bandwidth(clock: Clock, size: int = BEYOND_CACHE) -> float:
+    """Bytes a second that a copy on the device moves, reading and writing counted."""
+    source = torch.empty(size // 4, dtype=torch.float32, device=clock.device).zero_()
+    target = torch.empty_like(source)
+    return 2 * size / clock.seconds(lambda i: target.copy_(source))
+
+
+def quantized_copies(shape: tuple[int, int], bits: int, device: torch.device, size: int = BEYOND_CACHE):
+    """Random quantized matrices of `size` bytes together, float16 scales."""
+    rows, columns = shape
+    count = max(1, min(CALLS, size // (rows * columns * bits // 8)))
+    for _ in range(count):
+        weight = torch.randint(-128, 128, (rows, columns * bits // 8), dtype=torch.int8, device=device)
+        yield weight, (torch.rand(rows, device=device) * 0.01 + 0.001).half()
+
+
+# ---- right? ---------------------------------------------------------------------------------------------------------
+
+
+def wrong_numbers(device: torch.device, shapes: tuple[tuple[int, int], ...] = ((64, 4096), (33, 704))) -> list[str]:
+    """What the kernels compute differently from plain PyTorch; empty when all is well."""
+    wrong = []
+    for bits in (8, 4):
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            for shape in shapes:
+                name = f"INT{bits} {str(dtype)[6:]} {shape[0]} x {shape[1]}"
+                wrong += [f"{what}, {name}" for what in differences(torch.randn(shape, device=device).to(dtype), bits)]
+    return wrong
+
+
+def differences(weight: Tensor, bits: int) -> Iterator[str]:
+    packed, scale = quantization.quantize_weight(weight, bits)
+    kernel_packed, kernel_scale = cuda_kernels.quantize(weight, bits)
+    if not (torch.equal(packed, kernel_packed) and torch.equal(scale, kernel_scale)):
+        yield "compression"
+    scale = scale.to(weight.dtype)
+    matrix = quantization.dequantize_weight(packed, scale, bits, weight.dtype)
+    if not torch.equal(cuda_kernels.dequantize(packed, scale, bits, weight.dtype), matrix):
+        yield "extraction"
+    exact = quantization.dequantize_weight(packed, scale, bits, torch.float64)
+    for m in range(1, cuda_kernels.FUSED_ROWS + 1):
+        x = torch.randn(m, weight.shape[1], device=weight.device).to(weight.dtype)
+        error = (cuda_kernels.linear(x, packed, scale, bits).double() - x.double() @ exact.T).abs()
+        summing = 64 * 2.0**-24 * (x.double().abs() @ exact.abs().T)
+        if bool((error > summing + (x.double() @ exact.T).abs() * torch.finfo(weight.dtype).eps).any()):
+            yield f"product of {m} rows"
+
+
+# ---- how fast? ------------------------------------------------------------------------------------------------------
+
+
+class Product(NamedTuple):
+    """Seconds of one product, the ways it can be computed."""
+
+    matrix: str
+    bits: int
+    rows: int
+    fused: float | None
+    dequantized: float
+    plain: float
+    bytes: int  # of the quantized weight
+
+
+def products(clock: Clock, matrices: dict[str, tuple[int, int]] = MATRICES, rows=ROWS) -> Iterator[Product]:
+    for name, shape in matrices.items():
+        plain = [torch.randn(shape, device=clock.device).half() for _ in range(4)]
+        for bits in (8, 4):
+            weights = list(quantized_copies(shape, bits, clock.device))
+            for m in rows:
+                yield timed_product(
+                    clock, name, bits, torch.randn(m, shape[1], device=clock.device).half(), weights, plain
+                )
+
+
+def timed_product(clock: Clock, name: str, bits: int, x: Tensor, weights: list, plain: list[Tensor]) -> Product:
+    def fused(i: int) -> Tensor:
+        return cuda_kernels.linear(x, *weights[i % len(weights)], bits)
+
+    def dequantized(i: int) -> Tensor:
+        return F.linear(x, cuda_kernels.dequantize(*weights[i % len(weights)], bits, x.dtype))
+
+    is_fused = x.shape[0] <= cuda_kernels.FUSED_ROWS
+    return Product(
+        matrix=name,
+        bits=bits,
+        rows=x.shape[0],
+        fused=clock.seconds(fused) if is_fused else None,
+        dequantized=clock.seconds(dequantized),
+        plain=clock.seconds(lambda i: F.linear(x, plain[i % len(plain)])),
+        bytes=weights[0][0].numel(),
+    )
+
+
+def product_table(measured: Iterator[Product], bandwidth: float) -> Iterator[str]:
+    yield "| matrix | bits | rows | fused µs | GB/s | of a copy | dequantize + matmul µs | 16-bit matmul µs |"
+    yield "|---" * 8 + "|"
+    for product in measured:
+        fused = ["–"] * 3
+        if product.fused is not None:
+            speed = product.bytes / product.fused
+            fused = [f"{product.fused * 1e6:.1f}", f"{speed / 1e9:.0f}", f"{speed / bandwidth:.0%}"]
+        others = [f"{product.dequantized * 1e6:.1f}", f"{product.plain * 1e6:.1f}"]
+        yield "| " + " | ".join([product.matrix, str(product.bits), str(product.rows), *fused, *others]) + " |"
+
+
+def launch_cost(clock: Clock, calls: int = 1000) -> tuple[float, float]:
+    """Host seconds of a fused product and of F.linear, on matrices too small to matter."""
+    weight, scale = next(quantized_copies((64, 256), 4, clock.device))
+    x, matrix = torch.randn(1, 256, device=clock.device).half(), torch.randn(64, 256, device=clock.device).half()
+    costs = []
+    for call in (lambda: cuda_kernels.linear(x, weight, scale, 4), lambda: F.linear(x, matrix)):
+        call()
+        clock.synchronize()
+        began = time.perf_counter()
+        for _ in range(calls):
+            call()
+        costs.append((time.perf_counter() - began) / calls)
+        clock.synchronize()
+    return costs[0], costs[1]
+
+
+# ---- the whole model ------------------------------------------------------------------------------------------------
+
+
+def random_model(bits: int, device: torch.device, **sizes):
+    """ChatGLM-6B with random weights, built on the device as it will be used."""
+    config = package_module("configuration_chatglm").ChatGLMConfig(quantization_bit=0 if bits == 16 else bits, **sizes)
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float16)
+    try:
+        with torch.device(device):
+            model = package_module("modeling_chatglm").ChatGLMForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(dtype)
+    for name, parameter in model.named_parameters():
+        if parameter.dtype == torch.int8:
+            parameter.data.random_(-128, 128)
+        elif name.endswith("weight_scale"):
+            parameter.data.fill_(0.02 / {8: 127, 4: 7}[bits])
+    return model.eval()
+
+
+@torch.inference_mode()
+def tokens_per_second(model, clock: Clock, context: int) -> float:
+    """Of decoding alone, greedy: the time of a long answer less the time of a short one."""
+    config = model.config
+    prompt = torch.randint(100, 1000, (1, context - 2), device=clock.device)
+    ends = torch.tensor([[config.gmask_token_id, config.bos_token_id]], device=clock.device)
+    prompt = torch.cat((prompt, ends), dim=1)
+    times = []
+    for length in (NEW_TOKENS, 2, NEW_TOKENS):  # the first is to warm up
+        clock.synchronize()
+        began = time.perf_counter()
+        model.generate(prompt, do_sample=False, min_length=context + length, max_length=context + length)
+        clock.synchronize()
+        times.append(time.perf_counter() - began)
+    return (NEW_TOKENS - 2) / (times[2] - times[1])
+
+
+def model_table(clock: Clock, free: float, contexts=CONTEXTS, **sizes) -> Iterator[str]:
+    yield "| weights | products | " + " | ".join(f"tokens/s at {context}" for context in contexts) + " | peak GB |"
+    yield "|---" * (3 + len(contexts)) + "|"
+    for bits, kind in (
+        (16, "matmul"),
+        (8, "fused"),
+        (8, "dequantize + matmul"),
+        (4, "fused"),
+        (4, "dequantize + matmul"),
+    ):
+        if free < MODEL_BYTES[bits] and not sizes:
+            yield f"| {bits} bits | skipped: {free / 1e9:.1f} GB free, {MODEL_BYTES[bits] / 1e9:.1f} needed |"
+            continue
+        on_gpu = clock.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(clock.device)
+        model = random_model(bits, clock.device, **sizes)
+        with fused_rows(cuda_kernels.FUSED_ROWS if kind == "fused" else 0):
+            speeds = [f"{tokens_per_second(model, clock, context):.1f}" for context in contexts]
+        peak = torch.cuda.max_memory_allocated(clock.device) / 1e9 if on_gpu else 0
+        yield f"| {bits} bits | {kind} | " + " | ".join(speeds) + f" | {peak:.1f} |"
+        del model
+
+
+@contextlib.contextmanager
+def fused_rows(rows: int) -> Iterator[None]:
+    """Products of more rows than this use the dequantized matrix."""
+    before, cuda_kernels.FUSED_ROWS = cuda_kernels.FUSED_ROWS, rows
+    try:
+        yield
+    finally:
+        cuda_kernels.FUSED_ROWS = before
+
+
+# ---- the report -----------------------------------------------------------------------------------------------------
+
+
+def describe(device: torch.device) -> str:
+    properties = torch.cuda.get_device_properties(device)
+    cpm = cuda_kernels._cpm_kernels()
+    return (
+        f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.multi_processor_count} SMs, "
+        f"{properties.total_memory / 1e9:.1f} GB; torch {torch.__version__}, CUDA {torch.version.cuda}, "
+        f"driver {cpm.cuda.version}, runtime {cpm.cudart.version}, NVRTC {cpm.nvrtc.version[0]}.{cpm.nvrtc.version[1]}"
+    )
+
+
+def report(clock: Clock, skip_model: bool) -> int:
+    """Prints everything; the exit code."""
+    began = time.perf_counter()
+    if cuda_kernels._kernels_for(torch.zeros(1, device=clock.device)) is None:
+        print("The kernels could not be loaded; the warning above says why.", REPORT)
+        return 1
+    print(describe(clock.device))
+    print(f"First use (import, compile, load): {time.perf_counter() - began:.2f} s")
+    wrong = wrong_numbers(clock.device)
+    print("Compression, extraction and products:", "; ".join(f"WRONG: {what}" for what in wrong) or "right")
+    fused, plain = launch_cost(clock)
+    print(f"Host time of a call: {fused * 1e6:.1f} µs fused, {plain * 1e6:.1f} µs F.linear")
+    bandwidth = copy_bandwidth(clock)
+    print(f"A copy on the device moves {bandwidth / 1e9:.0f} GB/s\n")
+    for line in product_table(products(clock), bandwidth):
+        print(line, flush=True)
+    if not skip_model:
+        print()
+        for line in model_table(clock, torch.cuda.mem_get_info(clock.device)[0]):
+            print(line, flush=True)
+    print("\n" + REPORT)
+    return 1 if wrong else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="The CUDA kernels of ChatGLM-6B-Slim on the GPU at hand.")
+    parser.add_argument("--device", default="cuda:0", help="the GPU to measure (cuda:0)")
+    parser.add_argument("--skip-model", action="store_true", help="single products only, not the 6B model")
+    parser.add_argument("--eager", action="store_true", help="time launches as they come, not from a CUDA graph")
+    arguments = parser.parse_args()
+    if torch.version.hip or not torch.cuda.is_available():
+        print(NOWHERE)
+        return 2
+    device = torch.device(arguments.device)
+    with torch.cuda.device(device):
+        return report(Clock(device, arguments.eager), arguments.skip_model)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""Broken kernels: every one of them has to be caught by checks.py, or the checks prove nothing.
+
+    python tests/cuda_emulation/mutants.py
+
+builds each mutant behind the emulated driver, runs the checks on it in a process of its own, and prints what caught
+it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import conftest  # noqa: F401  makes the name chatglm_slim
+
+from chatglm_slim import cuda_kernels
+from cuda_emulation import build, checks, nvrtc_table, seam
+
+TIME_LIMIT = 60  # seconds for the checks of one mutant; a hang is caught too
+SURVIVED, WRONG_NUMBERS, CHECKS_FAILED = range(3)
+
+
+class Mutant(NamedTuple):
+    name: str
+    original: str
+    mutation: str
+
+
+MUTANTS = [
+    # layout of the weights
+    Mutant("low nibble taken for the even column", "const int nibble = i ^ 1;", "const int nibble = i;"),
+    Mutant("the same in odd widths", "column % 2 ? (int)", "column % 2 == 0 ? (int)"),
+    Mutant("nibbles packed the other way round", "(even & 15) << 4 | (odd & 15)", "(odd & 15) << 4 | (even & 15)"),
+    Mutant("zero point of INT4 off by one", "(float)(1 << (23 - bit)) + 8.f", "(float)(1 << (23 - bit)) + 7.f"),
+    Mutant("sign bit of one INT8 byte not flipped", "^ 0x80808080u", "^ 0x80800080u"),
+    Mutant("one byte picked twice", "0x7540u + i % 4", "0x7540u + i % 4 / 2 * 2"),
+    Mutant("sign of a nibble lost", "(int)((unsigned)pair << 28) >> 28", "(int)(((unsigned)pair << 28) >> 28)"),
+    Mutant("one activation read twice", "values[4 * half4 + 1] = __uint_as_float(word.y)",
+           "values[4 * half4 + 1] = __uint_as_float(word.x)"),
+    # scales
+    Mutant("scale of the wrong group", "(column >> w.groupShift)", "(column >> (w.groupShift - 1))"),
+    Mutant("scale of the wrong row", "(long long)row * w.groups +", "(long long)row +"),
+    Mutant("scale of the wrong type", "if (w.scaleType == HALF_SCALE) return rounded<T>(load((const half *)",
+           "if (w.scaleType == HALF_SCALE) return rounded<T>(load((const bfloat16 *)"),
+    # rounding
+    Mutant("bfloat16 ties away from zero", "+ 0x7fffu + (bits >> 16 & 1u)", "+ 0x8000u"),
+    Mutant("quotient not rounded in the weight's type", "rounded<typename Rounding<T>::Quotient>(__fdiv_rn(weight,",
+           "(__fdiv_rn(weight,"),
+    Mutant("integer cut off, not rounded", "return __float2int_rn(", "return (int)("),
+    Mutant("a row of zeros divided by its scale", "if (scale == 0.f || quotient != quotient) return 0;",
+           "if (quotient != quotient) return 0;"),
+    Mutant("product rounded before the scale", "sums[r][t] += scale * parts[r][t]",
+           "sums[r][t] += scale * rounded<T>(parts[r][t])"),
+    # ends
+    Mutant("weights read past the last row", "min(firstRow + r, w.rows - 1)", "firstRow + r"),
+    Mutant("activations read past the last row", "min(firstX + t, m - 1)", "(firstX + t)"),
+    Mutant("results written past the last row of W", "lane == 0 && firstRow + r < w.rows &&", "lane == 0 &&"),
+    Mutant("results written past the last row of x", "&& firstX + t < m)", ")"),
+    Mutant("second round of a lane skipped", "column += 32 * CHUNK", "column += 64 * CHUNK"),
+    Mutant("tiles of x mistaken for blocks of W", "blockIdx.x % tiles * TILE", "blockIdx.x % TILE * TILE"),
+    Mutant("vector code on rows that begin anywhere", "if (w.columns % 8) {", "if (w.columns % 2) {"),
+    # threads
+    Mutant("misaligned 128-bit load", "rows[r]) + column / (8 / BITS))", "rows[r]) + column / (8 / BITS) + 4)"),
+    Mutant("missing barrier", "    __syncthreads();\n", ""),
+    Mutant("barrier in a divergent branch", "    __syncthreads();", "    if (threadIdx.x < 200) __syncthreads();"),
+    Mutant("shuffle in a divergent branch", "sum += __shfl_xor_sync(0xffffffffu, sum, distance)",
+           "if (lane != 5) sum += __shfl_xor_sync(0xffffffffu, sum, distance)"),
+    Mutant("half of the lanes missing in the mask", "sum += __shfl_xor_sync(0xffffffffu, sum",
+           "sum += __shfl_xor_sync(0x0000ffffu, sum"),
+    Mutant("one lane leaves before the shuffles", "if (firstRow >= w.rows) return;",
+           "if (firstRow >= w.rows || lane == 3) return;"),
+    Mutant("sum over half of the lanes", "for (int distance = 16; distance; distance /= 2) sum",
+           "for (int distance = 8; distance; distance /= 2) sum"),
+    Mutant("largest of half of the warps", "i < QUANTIZE_THREADS / 32; ++i)", "i < QUANTIZE_THREADS / 64; ++i)"),
+]  # fmt: skip
+
+
+def mutated(mutant: Mutant) -> str:
+    if cuda_kernels.SOURCE.count(mutant.original) != 1:
+        raise ValueError(f"mutant {mutant.name!r}: its original has to stand in the source once: {mutant.original!r}")
+    return cuda_kernels.SOURCE.replace(mutant.original, mutant.mutation)
+
+
+def verdicts(folder: Path) -> Iterator[tuple[str, str]]:
+    """(mutant, what caught it or "SURVIVED") for every mutant; the source itself, called "none", comes first."""
+    jobs = [("none", cuda_kernels.SOURCE)] + [(mutant.name, mutated(mutant)) for mutant in MUTANTS]
+    nvrtc = nvrtc_table.Nvrtc(nvrtc_table.wheels()[0])
+    cubin, _ = nvrtc.compile(
+        cuda_kernels.SOURCE, "sm_80"
+    )  # for the names of the kernels; the mutation is in g++'s part
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        folders = [folder / str(number) for number in range(len(jobs))]
+        libraries = list(pool.map(build.build, (source for _, source in jobs), folders, ["-O0"] * len(jobs)))
+    for (name, _), library in zip(jobs, libraries):
+        yield name, verdict(library, cubin)
+
+
+def verdict(library: Path, cubin: bytes) -> str:
+    """Run the checks in a fork: a kernel that faults takes its process with it."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        signal.alarm(TIME_LIMIT)
+        os._exit(run_checks(library, cubin))
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        return signal.Signals(os.WTERMSIG(status)).name
+    return {SURVIVED: "SURVIVED", WRONG_NUMBERS: "wrong numbers"}.get(os.WEXITSTATUS(status), "checks do not run")
+
+
+def run_checks(library: Path, cubin: bytes) -> int:
+    try:
+        for name, value in seam.emulated(library).items():
+            setattr(cuda_kernels, name, value)
+        cuda_kernels._compile = lambda nvrtc, capability: cubin
+        os.environ["CUDA_PATH"] = str(library.parents[1])
+        checks.check_everything(cuda_kernels._kernels_for(checks.torch.zeros(1)))
+    except AssertionError:
+        return WRONG_NUMBERS
+    except Exception:
+        traceback.print_exc(file=sys.stdout)
+        return CHECKS_FAILED
+    return SURVIVED
+
+
+def main() -> int:
+    """Prints a line a mutant; the exit code says whether the source passed and all mutants were caught."""
+    checks.torch.set_num_threads(1)  # no pool of threads that a fork would lose
+    passed = True
+    with tempfile.TemporaryDirectory() as folder:
+        for name, caught in verdicts(Path(folder)):
+            print(f"{name}: {caught}", flush=True)
+            passed &= (caught == "SURVIVED") == (name == "none") and caught != "checks do not run"
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
