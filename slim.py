@@ -33,6 +33,7 @@ from slimming.plan import VOCAB_FILE, Job, Options, Plan, first_line, judge_chun
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.model", "MODEL_LICENSE"]
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 SMALL_FILES = 16 * 10**6  # room for everything but the shards
+LOCK = "slim.lock"
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -56,6 +57,7 @@ def slim(source: str, output: str | Path, options: Options | None = None, revisi
     if options.dry_run:
         return plan
     partial = output.with_name(f"{output.name}-slim-partial")
+    judge_partial(partial)
     judge_disk(plan, partial)
     restore_interrupted(output)
     with locked(partial):
@@ -108,6 +110,16 @@ def judge_output(source: Path, output: Path, options: Options) -> None:
         raise Refusal(Exit.OUTPUT_EXISTS, f"{output} is no model folder, --overwrite won't delete it: do it yourself")
 
 
+def judge_partial(partial: Path) -> None:
+    """A folder that only has the temporary one's name isn't ours to fill and rename."""
+    if (
+        partial.is_dir()
+        and any(partial.iterdir())
+        and not any((partial / name).exists() for name in (LOCK, io.Journal.NAME))
+    ):
+        raise Refusal(Exit.OUTPUT_EXISTS, f"{partial}, the name of the temporary folder, is taken: move it away")
+
+
 def judge_disk(plan: Plan, partial: Path) -> None:
     """Shards and small files must fit into the free space; what an unfinished run left there counts as free."""
     place = next(path for path in (partial, *partial.resolve().parents) if path.is_dir())
@@ -125,10 +137,11 @@ def describe(plan: Plan) -> str:
     before, after = source.checkpoint.nbytes, plan.nbytes
     cut = vocabulary.source_rows - vocabulary.rows
     files = len(source.checkpoint.files)
+    images = min(vocabulary.offset, cut)
+    rows = f"{vocabulary.source_rows:,} -> {vocabulary.rows:,} ({cut:,} cut, {images:,} of them image tokens)"
     lines = [
         f"{source.name}: {kinds[source.kind]}, {len(source.tensors)} tensors in {files} file(s)",
-        f"vocabulary rows: {vocabulary.source_rows:,} -> {vocabulary.rows:,} ({cut:,} cut, "
-        f"{min(vocabulary.offset, cut):,} of them image tokens)",
+        f"vocabulary rows: {rows if any(job.axis is not None for job in plan.jobs) else 'in no tensor of these'}",
         f"bytes of tensors: {before:,} -> {after:,} (saved: {before - after:,}, {(before - after) / before:.1%})",
         *plan.notes,
         *([f"trimmed: {vocabulary.figures}"] if vocabulary.figures else []),
@@ -221,8 +234,6 @@ def quantized(rows: Any, job: Job) -> tuple[Any, Any]:
 
 # ---------------------------------------------------------------------------------------------------- into place
 
-LOCK = "slim.lock"
-
 
 @contextmanager
 def locked(partial: Path) -> Iterator[None]:
@@ -290,6 +301,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     source, output, revision = values.pop("source"), values.pop("output"), values.pop("revision")
     repo_id, public, check_only = values.pop("push"), values.pop("public"), values.pop("check_only")
     options = Options(**values)
+    for console in (sys.stdout, sys.stderr):
+        if hasattr(console, "reconfigure"):
+            console.reconfigure(errors="replace")  # one that lacks a character shows "?" instead
     try:
         if check_only:
             return check_folder(source, output, options, revision)

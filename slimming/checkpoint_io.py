@@ -364,6 +364,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
                 where = f"{tensors[tensor.name].file.name} and in {name}"
                 raise Refusal(Exit.WRONG_TENSORS, f"duplicate tensor {tensor.name}: it is in {where}: remove one")
             tensors[tensor.name] = tensor
+    if not tensors:
+        raise Refusal(Exit.NOT_A_CHECKPOINT, f"{files[0]} holds no tensors: download it again")
     if weight_map is not None:
         judge_index(weight_map, tensors)
     return Checkpoint(folder, tensors, tuple(files))

@@ -14,7 +14,7 @@ from typing import Any
 
 from slimming import checkpoint_io as io
 from slimming.checkpoint_io import Exit, Refusal
-from slimming.plan import IDS, VOCAB_FILE, Options, Plan, Vocabulary
+from slimming.plan import EMBEDDING, IDS, VOCAB_FILE, Options, Plan, Vocabulary
 
 PACKAGE = Path(__file__).resolve().parents[1]  # the model's code
 ENTRY_FILES = ("configuration_chatglm.py", "tokenization_chatglm.py", "modeling_chatglm.py")
@@ -147,10 +147,9 @@ def model_config(plan: Plan, options: Options) -> dict[str, Any]:
         config.pop("dtype", None)  # transformers 5's name for the same field
     if options.bits:
         config["quantization_bit"], config["quantization_group_size"] = options.bits, options.group_size
-    if options.quantize_head:
+    if any(name == EMBEDDING and dtype == "I8" for job in plan.jobs for name, dtype, _ in job.outputs):
         config["quantize_head"] = True
-    if options.bits or options.quantize_head:
-        config.pop("quantization_embeddings", None)
+        config.pop("quantization_embeddings", None)  # the same layout under the name of the discontinued code
     return config
 
 

@@ -98,9 +98,7 @@ def first_line(error: BaseException) -> str:
 
 def read_source(folder: Path, name: str, options: Options) -> Source:
     """Reads and judges everything about a checkpoint that needs no tensor's numbers."""
-    kind = "model"
-    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        kind = "adapter"
+    kind = "adapter" if io.weight_files(folder)[0][0].startswith("adapter_model") else "model"
     config = io.read_json(folder, "adapter_config.json" if kind == "adapter" else "config.json")
     judge_family(kind, config)
     checkpoint = io.read_checkpoint(folder)
@@ -109,8 +107,7 @@ def read_source(folder: Path, name: str, options: Options) -> Source:
     source = Source(name, kind, checkpoint, config, read_sentencepiece(folder, options))
     if kind == "model":
         judge_model(source)
-    if kind != "model" and (options.bits or options.quantize_head):
-        raise Refusal(Exit.UNSUPPORTED, f"{folder} is a {kind} without the model's matrices: --bits needs those")
+    judge_quantization(source, options)
     return source
 
 
@@ -151,13 +148,31 @@ def judge_model(source: Source) -> None:
         if name not in source.tensors:
             raise Refusal(Exit.WRONG_TENSORS, f"missing tensor {name} {list(shape)}: download the checkpoint again")
         found = source.tensors[name].shape
-        if found != shape and name not in (EMBEDDING, HEAD):
-            raise Refusal(Exit.WRONG_TENSORS, f"{name} has shape {list(found)}, config.json makes it {list(shape)}")
+        if found != shape:
+            packed = " (an int4 embedding, a discontinued format)" if name == EMBEDDING else ""
+            message = f"{name} has shape {list(found)}{packed}, config.json makes it {list(shape)}: wrong checkpoint?"
+            raise Refusal(Exit.WRONG_TENSORS, message)
     if HEAD in source.tensors and source.tensors[HEAD].shape[0] != rows:
         message = f"{HEAD} has {source.tensors[HEAD].shape[0]} rows, {EMBEDDING} {rows}: they must agree"
         raise Refusal(Exit.WRONG_ROWS, message)
+    if source.tensors[EMBEDDING].dtype == "I8" and f"{EMBEDDING}_scale" not in source.tensors:
+        raise Refusal(Exit.WRONG_TENSORS, f"missing tensor {EMBEDDING}_scale: {EMBEDDING} is int8")
     if HEAD not in source.tensors and source.config.get("tie_word_embeddings") is False:
         raise Refusal(Exit.WRONG_TENSORS, f"missing tensor {HEAD}: config.json says tie_word_embeddings false")
+
+
+def judge_quantization(source: Source, options: Options) -> None:
+    """`--bits` and its companions apply to whole models that aren't quantized otherwise already."""
+    asked = (options.bits, options.group_size)
+    present = tuple(int(source.config.get(name) or 0) for name in ("quantization_bit", "quantization_group_size"))
+    if (options.group_size or options.quantize_head) and not (options.bits or present[0]):
+        raise Refusal(Exit.UNSUPPORTED, "--group-size and --quantize-head go with --bits 4 or --bits 8: add that")
+    if source.kind != "model" and (options.bits or options.quantize_head):
+        message = f"{source.folder} is a {source.kind} without the model's matrices: --bits needs those"
+        raise Refusal(Exit.UNSUPPORTED, message)
+    if options.bits and present[0] and asked != present:
+        message = f"{source.folder} is quantized already (bits {present[0]}, group size {present[1]})"
+        raise Refusal(Exit.UNSUPPORTED, f"{message}: give the 16-bit checkpoint for --bits {asked[0]}")
 
 
 def judge_foreign(source: Source) -> None:
@@ -256,16 +271,22 @@ def find_vocabulary(source: Source, options: Options) -> Vocabulary:
 
 
 def vocabulary_rows(source: Source) -> int:
-    """Rows of the vocabulary: the embedding's, or the config's, or what an adapter's tensors say."""
+    """Rows of the vocabulary: the embedding's, or the config's, or what an adapter's tensors or its base say."""
     if source.kind == "model":
         return source.tensors[EMBEDDING].shape[0]
     if source.kind == "prefix":
         return int(source.config.get("vocab_size", 0))
+    base = Path(str(source.config.get("base_model_name_or_path")))
+    if (base / "config.json").is_file():
+        return int(io.read_json(base, "config.json").get("vocab_size", 0))
     found = {max(t.shape) for name, t in source.tensors.items() if is_vocabulary(name) and max(t.shape) >= IMAGE_ROWS}
     if len(found) > 1:
         raise Refusal(Exit.WRONG_ROWS, f"the adapter's vocabulary tensors have {sorted(found)} rows: they must agree")
     if found:
         return found.pop()
+    if source.config.get("trainable_token_indices"):
+        message = f"the adapter names token ids, and its base {base} is no folder here that says of which vocabulary"
+        raise Refusal(Exit.WRONG_ROWS, f"{message}: correct base_model_name_or_path in adapter_config.json")
     return IMAGE_ROWS + len(source.pieces) if source.pieces else PUBLISHED_ROWS[0]
 
 

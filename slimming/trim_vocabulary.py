@@ -14,6 +14,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from tokenization_chatglm import PIECES_FIELD, VOCAB_FILE, ChatGLMTokenizer, _fields, _read_varint
@@ -32,8 +33,10 @@ SCRIPTS = {
     "he": {"HEBREW"},
     "hi": {"DEVANAGARI"},
     "th": {"THAI"},
-    **{language: {"LATIN"} for language in ("de", "es", "fr", "it", "la", "nl", "pl", "pt", "sv", "tr", "vi")},
-    "en": set(),  # ASCII letters, which every language has
+    "en": {"ASCII"},
+    **{
+        language: {"ASCII", "LATIN"} for language in ("de", "es", "fr", "it", "la", "nl", "pl", "pt", "sv", "tr", "vi")
+    },
 }
 
 
@@ -97,16 +100,14 @@ def of_languages(pieces: Sequence[Piece], languages: Sequence[str]) -> set[int]:
     if unknown:
         raise ValueError(f"unknown language {', '.join(unknown)}: known are {', '.join(sorted(SCRIPTS))}")
     scripts = set().union(*(SCRIPTS[language] for language in languages))
-    latin = bool(set(languages) - {"zh", "ja", "ko", "ru", "el", "ar", "he", "hi", "th"})
-    return {index for index, piece in enumerate(pieces) if all(belongs(c, scripts, latin) for c in piece.text)}
+    return {index for index, piece in enumerate(pieces) if all(belongs(c, scripts) for c in piece.text)}
 
 
-def belongs(character: str, scripts: set[str], latin: bool) -> bool:
-    if not unicodedata.category(character).startswith(("L", "M")):
+def belongs(character: str, scripts: set[str]) -> bool:
+    if not unicodedata.category(character).startswith(("L", "M")):  # letters and the marks on them
         return True
-    if character.isascii():
-        return latin
-    return unicodedata.name(character, "?").split()[0] in scripts
+    script = "ASCII" if character.isascii() else unicodedata.name(character, "?").split()[0]
+    return script in scripts
 
 
 def of_corpus(model: bytes, corpus: Path, min_count: int) -> set[int]:
@@ -187,6 +188,7 @@ def lines_of(corpus: Path) -> Iterator[str]:
                 yield line
 
 
+@lru_cache(maxsize=2)  # the whole one and the trimmed one: the real file takes a second to load
 def tokenizer_of(model: bytes) -> ChatGLMTokenizer:
     """The tokenizer over a SentencePiece model in memory; ids are piece numbers."""
     with tempfile.TemporaryDirectory() as folder:

@@ -27,7 +27,7 @@ from slim_sources import (
 
 import slim
 from slim import Options
-from slimming import checkpoint_io
+from slimming import check, checkpoint_io
 from slimming.checkpoint_io import Exit, Refusal
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -279,10 +279,16 @@ def test_adapters_lose_the_image_rows_of_every_vocabulary_tensor(tmp_path, form)
 def test_adapters_without_vocabulary_tensors_are_copied_and_their_token_indices_move(tmp_path):
     state = {"base_model.model.transformer.layers.0.attention.dense.lora_A.weight": torch.randn(2, 8)}
     source = write_adapter(tmp_path / "source", state, trainable_token_indices={"word_embeddings": [150004, 20005]})
+    assert slim.main([str(source), str(tmp_path / "out")]) == Exit.WRONG_ROWS  # of which vocabulary, nobody says
+    base = write_full_toy(tmp_path / "base")
+    indices = {"word_embeddings": [21104, 20005]}
+    settings = {"base_model_name_or_path": str(base), "trainable_token_indices": indices, "peft_type": "LORA"}
+    (source / "adapter_config.json").write_text(json.dumps(settings))
+    (source / "ice_text.model").write_bytes((base / "ice_text.model").read_bytes())
     slim.slim(str(source), tmp_path / "out")
     assert all(same_bits(tensors_of(tmp_path / "out")[name], state[name]) for name in state)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert config["trainable_token_indices"] == {"word_embeddings": [130004, 5]}
+    assert config["trainable_token_indices"] == {"word_embeddings": [1104, 5]}
 
 
 def test_an_adapter_trained_on_the_full_model_gives_the_same_logits_on_the_slim_one(tmp_path):
@@ -394,7 +400,7 @@ KILLED = """
 import json, os, signal, sys, time
 sys.path.insert(0, {root!r})
 import slim
-from slimming import checkpoint_io
+from slimming import check, checkpoint_io
 write, count = checkpoint_io.write_shard, 0
 def dying(path, tensors, content):
     global count
@@ -513,6 +519,14 @@ def test_overwrite_deletes_nothing_but_model_folders(tmp_path):
     assert (output / "chapter1.txt").exists()
 
 
+def test_a_folder_that_has_the_temporary_name_is_left_alone(tmp_path):
+    source, taken = write_full_toy(tmp_path / "source"), tmp_path / "out-slim-partial"
+    taken.mkdir()
+    (taken / "mine.txt").write_text("keep")
+    assert slim.main([str(source), str(tmp_path / "out")]) == Exit.OUTPUT_EXISTS
+    assert os.listdir(taken) == ["mine.txt"]
+
+
 def test_folder_holds_code_template_card_and_licence(tmp_path):
     slim.slim(str(write_full_toy(tmp_path / "source")), tmp_path / "out")
     names = set(os.listdir(tmp_path / "out"))
@@ -534,6 +548,16 @@ def test_check_prints_its_table_and_passes(tmp_path, capsys):
         assert part in table
     assert "DIFFERENT" not in table
     assert slim.main([str(source), str(tmp_path / "out"), "--check-only"]) == 0
+
+
+def test_check_of_a_checkpoint_too_large_for_float32_uses_its_own_dtype(tmp_path, capsys, monkeypatch):
+    source = write_full_toy(tmp_path / "source")
+    size = source.joinpath("model.safetensors").stat().st_size
+    for free, compared in ((2 * size, True), (size, False)):
+        monkeypatch.setattr(check, "available_memory", lambda free=free: free)
+        assert slim.main([str(source), str(tmp_path / f"out{free}"), "--check"]) == 0
+        line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("logits"))
+        assert ("not compared" not in line) is compared
 
 
 @pytest.mark.parametrize("name", [EMBEDDING, HEAD, "transformer.layers.1.mlp.dense_4h_to_h.weight"])

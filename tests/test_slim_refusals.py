@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from slim_sources import EMBEDDING, HEAD, full_toy, golden_toy, write_full_toy, write_source
+from slim_sources import EMBEDDING, HEAD, full_toy, golden_toy, widened, write_full_toy, write_source
 
 import slim
 from slimming.checkpoint_io import Exit
@@ -126,6 +126,10 @@ CASES = {
     "missing embedding": (1, lambda s: write_state(s, embedding=None), Exit.WRONG_TENSORS, "missing tensor"),
     "missing head that config unties": (1, lambda s: write_state(s, head=None), Exit.WRONG_TENSORS, HEAD),
     "wrong shape": (1, lambda s: write_state(s, layer=lambda t: t[:, :4]), Exit.WRONG_TENSORS, "[16, 4]"),
+    "int8 embedding without scales": (
+        1, lambda s: write_state(s, embedding=lambda t: t.to(torch.int8)), Exit.WRONG_TENSORS, "_scale"),
+    "packed int4 embedding": (
+        1, lambda s: write_state(s, embedding=lambda t: t[:, :4].to(torch.int8)), Exit.WRONG_TENSORS, "int4"),
     "twice in a header": (
         1, lambda s: edit_header(s / WEIGHTS, twice_in_one_header), Exit.WRONG_TENSORS, "2 times"),
     "twice in two files": (1, twice_in_two_files, Exit.WRONG_TENSORS, "duplicate tensor"),
@@ -279,6 +283,10 @@ def test_options_that_cannot_be_served(tmp_path, capsys):
     assert "--group-size" in capsys.readouterr().err
     assert slim.main([str(source), str(tmp_path / "out"), "--keep-languages", "zh,xx"]) == Exit.UNSUPPORTED
     assert "xx" in capsys.readouterr().err
+    assert slim.main([str(source), str(tmp_path / "out"), "--quantize-head"]) == Exit.UNSUPPORTED
+    quantized = write_source(tmp_path / "quantized", *widened(*golden_toy("quant8")))
+    assert slim.main([str(quantized), str(tmp_path / "out"), "--bits", "4"]) == Exit.UNSUPPORTED
+    assert "quantized already (bits 8" in capsys.readouterr().err
     for wrong in (["--max-shard-size", "big"], ["--bits", "5"]):
         with pytest.raises(SystemExit) as usage:
             slim.main([str(source), str(tmp_path / "out"), *wrong])
