@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from chatglm_slim import quantization
 from chatglm_slim.configuration_chatglm import ChatGLMConfig
 from chatglm_slim.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_slim.quantization import (
@@ -252,3 +253,40 @@ def test_only_the_linear_layers_of_blocks_are_replaced(config):
     assert names == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
     model.quantize(4)
     assert model.lm_head.weight.dtype == model.transformer.word_embeddings.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "options", [{"bits": 8}, {"bits": 4}, {"bits": 4, "group_size": 32, "quantize_head": 8}, None]
+)
+@torch.no_grad()
+def test_whole_model_through_kernels_equals_plain_pytorch(config, monkeypatch, dtype, options):
+    """Prefill and one-token steps; what has no kernel here takes the plain way both times."""
+    config.hidden_size, config.inner_hidden_size = 128, 256
+    torch.manual_seed(5)
+    model = ChatGLMForConditionalGeneration(config).eval().to(dtype)
+    if options is not None:
+        model.quantize(**options)
+
+    def logits():
+        output = model(IDS[:, :-1], use_cache=True)
+        step = model(IDS[:, -1:], past_key_values=output.past_key_values)
+        return torch.cat((output.logits, step.logits), dim=1).float()
+
+    served, kernel = [], quantization.cpu_linear
+
+    def counted(*arguments):
+        y = kernel(*arguments)
+        served.append(y is not None)
+        return y
+
+    monkeypatch.setattr(quantization, "cpu_linear", counted)
+    through_kernels = logits()
+    if not any(served):
+        pytest.skip("no CPU kernel serves this type on this machine (llvmlite is not installed)")
+    monkeypatch.setattr(quantization, "cpu_linear", lambda *arguments: None)
+    plain = logits()
+    # Plain bfloat16 and float16 products round each weight and sum; the kernels keep more.
+    bound = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.1}[dtype]
+    assert plain.abs().max() > 0.5
+    torch.testing.assert_close(through_kernels, plain, rtol=0, atol=bound)
