@@ -27,10 +27,19 @@ NUM_IMAGE_TOKENS = 20000  # rows of the full vocabulary that stand before the te
 NEWLINE, TAB = "<n>", "<|tab|>"
 MAX_BLANKS = 80  # the longest run of blanks that is one piece
 BLANKS = {" " * k: f"<|blank_{k}|>" for k in range(2, MAX_BLANKS + 1)}
-BLANK_RUN = re.compile(f"( {{2,{MAX_BLANKS}}})")
+BLANK_RUN = re.compile(f"(  {{1,{MAX_BLANKS - 1}}})")  # found three times as fast as " {2,80}"
 BLANK_PIECE = re.compile(r"<\|blank_([2-9]|[1-7]\d|80)\|>")
 IMAGE_PIECE = re.compile(r"<image_(\d+)>")
-THREADED_BATCH = 64  # from here on SentencePiece's threads gain more than they cost
+THREADED_BATCH = 64  # texts from which on SentencePiece's threads gain more than they cost
+# options of an encoding that are left to transformers: how text is cut, and what else is told of each row
+TEXT_OPTIONS = ("is_split_into_words", "sanitize_control_tokens")
+ROW_OPTIONS = (
+    "return_length",
+    "return_offsets_mapping",
+    "return_overflowing_tokens",
+    "return_special_tokens_mask",
+    "return_token_type_ids",
+)
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 # What the file of the first release lacks, in order, with SentencePiece's type numbers.
@@ -183,6 +192,16 @@ def _restore_whitespace(text: str) -> str:
     parts = BLANK_PIECE.split(text)  # every second part is the length of a run
     parts[1::2] = [" " * int(length) for length in parts[1::2]]
     return "".join(parts)
+
+
+def _clean_up(text: str) -> str:
+    """transformers' removal of blanks before punctuation, which 5.0 no longer has for tokenizers in Python."""
+    for mark in (".", "?", "!", ","):
+        text = text.replace(f" {mark}", mark)
+    text = text.replace(" ' ", "'")
+    for ending in ("n't", "'m", "'s", "'ve", "'re"):
+        text = text.replace(f" {ending}", ending)
+    return text
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -348,7 +367,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return vocab
 
     def _convert_token_to_id(self, token: str) -> int:
-        image = IMAGE_PIECE.fullmatch(token)
+        image = token.startswith("<image_") and IMAGE_PIECE.fullmatch(token)
         return int(image[1]) if image else self.sp.piece_to_id(token) + self.num_image_tokens
 
     def _convert_id_to_token(self, index: int) -> str:
@@ -397,50 +416,64 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         offset = self.num_image_tokens
         return [index + offset for index in pieces] if offset else pieces
 
-    def _to_ids(self, texts: list[str], split_special_tokens: bool) -> list[list[int]]:
-        """Ids of texts; control tokens and the user's added tokens are parsed unless `split_special_tokens`."""
-        known = [] if split_special_tokens else [*self.all_special_tokens, *self.get_added_vocab()]
+    def _parse_texts(self, texts: list[str], options: dict[str, Any]) -> list[list[int]]:
+        """Ids of texts; special tokens and the user's tokens are parsed unless options["split_special_tokens"].
+
+        transformers looks for tokens character by character and turns pieces into ids one at a time, which takes four
+        times as long as SentencePiece: that is left to it only where there is a token to be found.
+        """
+        split = options.get("split_special_tokens", getattr(self, "split_special_tokens", False))
+        tokens = set() if split else {*self.all_special_tokens, *self.get_added_vocab()}
         if self.do_lower_case:
-            known = [token.lower() for token in known]
-        parsed = {i for i, text in enumerate(texts) if any(token in text for token in known)}
+            tokens = {token.lower() for token in tokens}
+        parsed = {i for i, text in enumerate(texts) if any(token in text for token in tokens)}
         plain = [self._spell(text) for i, text in enumerate(texts) if i not in parsed]
-        threaded = len(plain) >= THREADED_BATCH
-        rows = iter(self._sp_encode(plain, int) if threaded else [self._sp_encode(text, int) for text in plain])
+        threads = len(plain) >= THREADED_BATCH
+        rows = iter(self._sp_encode(plain, int) if threads else [self._sp_encode(text, int) for text in plain])
         return [
             self.convert_tokens_to_ids(self.tokenize(text)) if i in parsed else self._number(next(rows))
             for i, text in enumerate(texts)
         ]
 
-    def _with_ids(self, inputs: list, options: dict[str, Any]) -> list:
-        """Inputs (texts or pairs of texts) with ids in the place of text, for transformers to go on from.
-
-        Its own way (a search character by character, pieces, then ids one at a time) takes four times as long. Text
-        without ids stays text, since it takes an empty list for a mistake; so does all that is to be cut otherwise.
-        """
-        if options.get("is_split_into_words") or options.get("sanitize_control_tokens"):
-            return inputs
-        items = [item if isinstance(item, (list, tuple)) else (item,) for item in inputs]
-        texts = [text for item in items for text in item if isinstance(text, str)]
-        split = options.get("split_special_tokens", getattr(self, "split_special_tokens", False))
-        rows = iter(self._to_ids(texts, split))
-        swapped = [[next(rows) or one if isinstance(one, str) else one for one in item] for item in items]
-        return [new if isinstance(old, (list, tuple)) else new[0] for old, new in zip(inputs, swapped)]
-
     def _encode_plus(self, text: Any, text_pair: Any = None, **options: Any) -> BatchEncoding:
-        """Text goes to transformers as ids (see `_with_ids`); 4.23 to 5.23. From 5.0 on it gets batches too."""
-        if isinstance(text, str):
-            text, text_pair = self._with_ids([text, text_pair], options)
+        """transformers' one door for a text and, from 5.0 on, for a batch; overridden for speed (4.23 to 5.23)."""
+        encoded = None
+        if isinstance(text, str) and not any(options.get(name) for name in TEXT_OPTIONS):
+            text = self._parse_texts([text], options)[0] or text  # ids are taken as well as text, but no empty list
         elif isinstance(text, (list, tuple)) and not hasattr(super(), "_batch_encode_plus"):
-            text = self._with_ids(text, options)
-            text_pair = text_pair if text_pair is None else self._with_ids(text_pair, options)
-        return super()._encode_plus(text, text_pair, **options)
+            if text_pair is None:
+                encoded = self._encode_batch(text, options)
+            elif isinstance(text_pair, (list, tuple)) and len(text_pair) == len(text):
+                encoded = self._encode_batch(list(zip(text, text_pair)), options)
+        return super()._encode_plus(text, text_pair, **options) if encoded is None else encoded
 
     def _batch_encode_plus(self, batch_text_or_text_pairs: list, **options: Any) -> BatchEncoding:
-        """The same for a batch, before 5.0, where a row of ids has to be one half of a pair."""
-        inputs = self._with_ids(batch_text_or_text_pairs, options)
-        singles = [isinstance(item, str) for item in batch_text_or_text_pairs]
-        inputs = [(item, None) if single else item for item, single in zip(inputs, singles)]
-        return super()._batch_encode_plus(inputs, **options)
+        """The door for a batch before 5.0."""
+        encoded = self._encode_batch(batch_text_or_text_pairs, options)
+        return super()._batch_encode_plus(batch_text_or_text_pairs, **options) if encoded is None else encoded
+
+    def _encode_batch(self, inputs: list, options: dict[str, Any]) -> BatchEncoding | None:
+        """Texts and pairs of texts, encoded together; None leaves them to transformers, which goes row by row."""
+        items = [item if isinstance(item, (list, tuple)) else (item,) for item in inputs]
+        texts = [text for item in items for text in item]
+        regular = all(len(item) in (1, 2) for item in items) and all(isinstance(text, str) for text in texts)
+        if not (texts and regular) or any(options.get(name) for name in (*TEXT_OPTIONS, *ROW_OPTIONS)):
+            return None
+        ids = iter(self._parse_texts(texts, options))
+        rows = [self._lay_out(next(ids), next(ids) if len(item) == 2 else None, options) for item in items]
+        names = ("max_length", "pad_to_multiple_of", "padding_side", "return_attention_mask", "return_tensors")
+        given = {name: options[name] for name in names if options.get(name) is not None}
+        return self.pad({"input_ids": rows}, padding=options["padding_strategy"], **given)
+
+    def _lay_out(self, first: list[int], second: list[int] | None, options: dict[str, Any]) -> list[int]:
+        """A row of a batch: cut to options["max_length"], with special tokens."""
+        special = options.get("add_special_tokens", True)
+        strategy, limit = options["truncation_strategy"], options.get("max_length")
+        if limit is not None and strategy.value != "do_not_truncate":
+            added = self.num_special_tokens_to_add(pair=second is not None) if special else 0
+            excess = len(first) + len(second or ()) + added - limit
+            first, second, _ = self.truncate_sequences(first, second, excess, strategy)
+        return self.build_inputs_with_special_tokens(first, second) if special else first + (second or [])
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
@@ -448,6 +481,13 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """The official layout: `text [gMASK] <sop>`, and for a pair `text [gMASK] <sop> second <eop>`."""
         prompt = [*token_ids_0, self.gmask_token_id, self.bos_token_id]
         return prompt if token_ids_1 is None else [*prompt, *token_ids_1, self.eos_token_id]
+
+    def create_token_type_ids_from_sequences(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        """All 0, as long as the encoding, since the model knows no types; before 5.0 they come out too short."""
+        added = self.num_special_tokens_to_add(pair=token_ids_1 is not None)
+        return [0] * (len(token_ids_0) + len(token_ids_1 or ()) + added)
 
     def get_special_tokens_mask(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None, already_has_special_tokens: bool = False
@@ -468,6 +508,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     ) -> tuple[list[int], list[int] | None, list[int]]:
         """A part that would vanish stays whole, as up to 4.57; 5.x empties it, often with the rest still too long."""
         strategy = getattr(truncation_strategy, "value", truncation_strategy)
+        if num_tokens_to_remove <= 0:
+            return ids, pair_ids, []
         part = pair_ids if strategy == "only_second" else ids
         only_part = strategy != "longest_first" or pair_ids is None
         if only_part and part is not None and len(part) <= num_tokens_to_remove:
@@ -626,7 +668,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         text = self._decode(ids, skip_special_tokens, **kwargs)
         clean_up = clean_up_tokenization_spaces
         clean_up = self.clean_up_tokenization_spaces if clean_up is None else clean_up
-        return self.clean_up_tokenization(text) if clean_up else text
+        return _clean_up(text) if clean_up else text
 
     def batch_decode(
         self,
@@ -640,14 +682,20 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     def _decode(self, token_ids: list[int], skip_special_tokens: bool = False, **kwargs: Any) -> str:
         hidden = {self.pad_token_id, *(self.all_special_ids if skip_special_tokens else ())}
-        if not hidden.isdisjoint(token_ids):
+        # control pieces print nothing anyway: this is for <unk>, and for special tokens that the user has added
+        hidden = {index for index in hidden if not self._is_control(index)}
+        if hidden and not hidden.isdisjoint(token_ids):
             token_ids = [index for index in token_ids if index not in hidden]
-        if not token_ids:
-            return ""
         offset = self.num_image_tokens
-        if min(token_ids) < offset or max(token_ids) >= self.vocab_size:
+        try:
+            text = self.sp.decode([index - offset for index in token_ids] if offset else token_ids)
+        except IndexError:  # not all of them are pieces
             return self._decode_mixed(token_ids, kwargs.get("spaces_between_special_tokens", True))
-        return _restore_whitespace(self.sp.decode([index - offset for index in token_ids] if offset else token_ids))
+        return _restore_whitespace(text)
+
+    def _is_control(self, index: int) -> bool:
+        piece = index - self.num_image_tokens
+        return 0 <= piece < self.sp.get_piece_size() and self.sp.is_control(piece)
 
     def _decode_mixed(self, token_ids: list[int], spaces: bool) -> str:
         """Text of ids some of which are image tokens, tokens added by the user, or nothing."""

@@ -1,5 +1,6 @@
 """The tokenizer: the original's ids, what differs on purpose, conversations, files, bad input."""
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -33,7 +34,14 @@ def model_folder(folder: Path, sp_model: Path, **config) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module", autouse=True)
+def outside_of_the_repository(tmp_path_factory):
+    """transformers 4.23 takes a tokenizer_config.json of the working directory for that of the model."""
+    with contextlib.chdir(tmp_path_factory.mktemp("elsewhere")):
+        yield
+
+
+@pytest.fixture(scope="module")
 def load(tmp_path_factory):
     """from_pretrained on a fresh folder, as a user of the Hub would."""
 
@@ -44,12 +52,12 @@ def load(tmp_path_factory):
     return load
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tiny(load, tiny_sp_model):
     return load(tiny_sp_model)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tokenizers(request, load, tiny):
     """Looked up by variant; "real" skips where the real SentencePiece model is not at hand."""
     cache = {"tiny": tiny}
