@@ -1,0 +1,64 @@
+"""A worker in a process of its own, driven by JSON lines: both ends. Standard library only."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+class Remote:
+    """Calls methods of a worker in another process: `remote("decode", context=128)`."""
+
+    def __init__(self, command: list[str], environment: dict[str, str] | None = None):
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **(environment or {})},
+        )
+        self.started = self._answer()
+
+    def __call__(self, method: str, **arguments):
+        self.process.stdin.write(json.dumps({"do": method, **arguments}) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def _answer(self):
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the worker ended with status {self.process.wait()}: {self.process.args}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+    def __enter__(self) -> Remote:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+
+def serve(make_worker) -> None:
+    """Makes the worker, says `worker.started`, then answers {"do": METHOD, ...arguments} until the input ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print goes to stderr
+
+    def say(answer) -> None:
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+    worker = make_worker()
+    say(worker.started)
+    for line in sys.stdin:
+        arguments = json.loads(line)
+        say(getattr(worker, arguments.pop("do"))(**arguments))
+
+
+def script(name: str) -> str:
+    return str(Path(__file__).resolve().with_name(name))

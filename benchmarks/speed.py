@@ -1,0 +1,251 @@
+"""Speed and memory of the full-size model in 16 bit, INT8 and INT4, side by side with chatglm.cpp where installed.
+
+    python benchmarks/speed.py                  decode with all 28 layers, prefill scaled from 4 (about 20 minutes)
+    python benchmarks/speed.py --layers 4       everything scaled from 4 layers and 1 (a few minutes)
+    python benchmarks/speed.py --peer-python VENV/bin/python     the Python that has chatglm-cpp, if not this one
+
+Makes what it needs in bench_data/ once (make_model.py; 28 layers: 21 GB, chatglm.cpp's files another 10 GB, 22 GB with
+f16). Each model runs in a process of its own. Models of one precision are measured in turn, round by round, with the
+machine's read bandwidth in each round, so that ratios are of one run. Writes JSON, a Markdown table and a plot.
+
+Scaled figures are `one + (layers - 1) / (few - 1) * (time of few layers - one)`, all measured the same way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import machine
+from make_model import DATA, make_folders
+from remote import Remote, script
+from speed_report import write_report
+
+LAYERS = 28
+CONTEXTS = (100, 128, 512, 1024, 2000)
+PROMPTS = (128, 512, 1536)
+CACHE_BYTES = 2 * 4096 * 2  # of one token in one layer: keys and values, 16 bit
+
+
+class Model(NamedTuple):
+    """One line of the table."""
+
+    name: str
+    kind: str  # of folder, or ggml type
+    peer: bool = False
+    dtype: str = "bfloat16"
+
+
+GROUPS = {  # what is measured in turn
+    "16-bit": [Model("ours bf16", "16"), Model("chatglm.cpp f16", "f16", peer=True)],
+    "fp16": [Model("ours fp16", "16", dtype="float16"), Model("chatglm.cpp f16", "f16", peer=True)],
+    "int8": [
+        Model("ours int8", "int8"),
+        Model("ours int8, int8 head", "int8-head"),
+        Model("chatglm.cpp q8_0", "q8_0", peer=True),
+    ],
+    "int4": [
+        Model("ours int4", "int4"),
+        Model("ours int4, int8 head", "int4-head"),
+        Model("chatglm.cpp q4_0", "q4_0", peer=True),
+    ],
+}
+
+
+class Bench:
+    """Starts workers, asks them in turn, and keeps every figure: `values[group][model][cell]` is a list of runs."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.bandwidth: dict[str, list[float]] = {}
+        self.values: dict[str, dict[str, dict[str, list]]] = {}
+        self.load: list[float] = []
+
+    def stored(self, model: Model, layers: int) -> Path:
+        """The folder or file of a model, made if missing. `layers` 1 is the first layer of the small one."""
+        data, size = self.options.data, max(layers, self.options.prefill_layers)
+        if not model.peer:
+            return make_folders(size, [model.kind], model.dtype, data)[model.kind]
+        file = data / f"{layers}-chatglm.cpp" / f"{model.kind}.bin"
+        if not file.exists():
+            source = make_folders(size, ["16"], "bfloat16", data)["16"]
+            command = [self.options.peer_python, script("peer_chatglm_cpp.py"), "convert", str(source), str(file)]
+            command += ["--type", model.kind, "--layers", str(layers)]
+            print(f"making {file}", file=sys.stderr)
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return file
+
+    def start(self, model: Model, layers: int) -> Remote:
+        stored = str(self.stored(model, layers))
+        if model.peer:
+            return Remote([self.options.peer_python, script("peer_chatglm_cpp.py"), "work", stored])
+        command = [sys.executable, script("worker.py"), stored, "--layers", str(layers)]
+        return Remote([*command, "--threads", str(self.options.threads)], {"HF_HUB_OFFLINE": "1"})
+
+    def keep(self, group: str, model: Model, cell: str, value) -> None:
+        self.values.setdefault(group, {}).setdefault(model.name, {}).setdefault(cell, []).append(value)
+        print(f"  {group:8}{model.name:24}{cell:20}{value:.4g}", file=sys.stderr, flush=True)
+
+    def run_group(self, group: str, layers: int, cells: dict[str, tuple[str, dict]], runs: int) -> None:
+        """All models of a group at once, or where memory does not permit that one after the other, in each round."""
+        models = [model for model in GROUPS[group] if self.options.peers or not model.peer]
+        sizes = [size_of(self.stored(model, layers)) * layers / max(layers, 1) for model in models]
+        together = sum(sizes) < 0.7 * machine.memory_total()
+        with ExitStack() as stack:
+            workers = {m: stack.enter_context(self.start(m, layers)) for m in models} if together else {}
+            for _ in range(runs):
+                self.measure_bandwidth(group)
+                for model in models:
+                    if together:
+                        self.run_cells(group, layers, model, workers[model], cells)
+                        continue
+                    with self.start(model, layers) as worker:
+                        self.run_cells(group, layers, model, worker, cells)
+                        self.keep(group, model, f"{layers}: peak GB", worker("memory")["peak"] / 1e9)
+            for model, worker in workers.items():
+                self.keep(group, model, f"{layers}: peak GB", worker("memory")["peak"] / 1e9)
+
+    def run_cells(self, group: str, layers: int, model: Model, worker: Remote, cells) -> None:
+        for cell, (method, arguments) in cells.items():
+            seconds = worker(method, **arguments)["seconds"]
+            self.keep(group, model, f"{layers}: {cell}", median(seconds) if isinstance(seconds, list) else seconds)
+
+    def measure_bandwidth(self, group: str) -> None:
+        reader = machine.ReadBandwidth()
+        self.bandwidth.setdefault(group, []).append(max(reader.measure() for _ in range(3)))
+        self.load.append(machine.load_average())
+        del reader
+        gc.collect()
+
+    def run_load(self, group: str, layers: int, runs: int) -> None:
+        """Reading the files, and load to first token, from the disk (once, where the system can) and from memory."""
+        for model in GROUPS[group]:
+            if model.peer and not self.options.peers:
+                continue
+            files = files_of(self.stored(model, layers))
+            if self.options.cold and machine.forget_files(files):
+                self.keep(group, model, f"{layers}: cold read", sum(map(machine.read_file, files)))
+                machine.forget_files(files)
+                self.first_token(group, model, layers, "cold")
+            for _ in range(runs):
+                self.keep(group, model, f"{layers}: warm read", sum(map(machine.read_file, files)))
+                self.first_token(group, model, layers, "warm")
+
+    def first_token(self, group: str, model: Model, layers: int, how: str) -> None:
+        with self.start(model, layers) as worker:
+            self.keep(group, model, f"{layers}: {how} first token", worker.started["first_token_seconds"])
+
+
+def files_of(stored: Path) -> list[Path]:
+    return sorted(stored.glob("*.safetensors")) if stored.is_dir() else [stored]
+
+
+def size_of(stored: Path) -> int:
+    return sum(file.stat().st_size for file in files_of(stored))
+
+
+def decode_cells(steps: int) -> dict[str, tuple[str, dict]]:
+    return {f"decode {c}": ("decode", {"context": c, "steps": steps}) for c in CONTEXTS}
+
+
+def prefill_cells(prompts: tuple[int, ...]) -> dict[str, tuple[str, dict]]:
+    return {f"prefill {tokens}": ("prefill", {"tokens": tokens}) for tokens in prompts}
+
+
+def has_peer(python: str) -> bool:
+    probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec('chatglm_cpp') is None)"
+    return subprocess.run([python, "-c", probe], check=False).returncode == 0
+
+
+def measure(options: argparse.Namespace) -> Bench:
+    bench = Bench(options)
+    for group in options.groups:
+        print(f"{group}: decode", file=sys.stderr)
+        few = options.prefill_layers
+        for layers in [options.layers] if options.layers >= LAYERS else [options.layers, 1]:
+            bench.run_group(group, layers, decode_cells(options.steps), options.runs)
+        print(f"{group}: prefill", file=sys.stderr)
+        for layers in (few, 1):
+            bench.run_group(group, layers, prefill_cells(options.prompts), options.runs)
+        if options.layers >= LAYERS:  # a check of the scaling
+            bench.run_group(group, options.layers, prefill_cells((128,)), 1)
+        print(f"{group}: load", file=sys.stderr)
+        bench.run_load(group, options.layers, min(options.runs, 3))
+    return bench
+
+
+def result(bench: Bench, seconds: float) -> dict:
+    """All figures and what is needed to read them."""
+    options = bench.options
+    sizes, layers = {}, options.layers
+    for group in options.groups:
+        for model in GROUPS[group]:
+            if options.peers or not model.peer:
+                sizes[model.name] = bytes_per_token(bench, model)
+    return {
+        "machine": machine.describe(),
+        "command": " ".join(["python benchmarks/speed.py", *sys.argv[1:]]),
+        "layers": layers,
+        "few": options.prefill_layers,
+        "seconds": seconds,
+        "load_average": [min(bench.load), median(bench.load), max(bench.load)],
+        "bandwidth": bench.bandwidth,
+        "bytes_per_token": sizes,
+        "cache_bytes_per_token": LAYERS * CACHE_BYTES,
+        "groups": {name: [model.name for model in GROUPS[name]] for name in options.groups},
+        "values": bench.values,
+    }
+
+
+def bytes_per_token(bench: Bench, model: Model) -> float:
+    """Weight bytes that one token must read with 28 layers: the whole file, whose embedding is also the head."""
+    few = bench.options.prefill_layers
+    if bench.options.layers >= LAYERS:
+        return size_of(bench.stored(model, LAYERS))
+    files = files_of(bench.stored(model, few))
+    total = sum(file.stat().st_size for file in files)
+    one = size_of(bench.stored(model, 1)) if model.peer else next(f for f in files if "layer-00" in f.name)
+    layer = (total - one) / (few - 1) if model.peer else one.stat().st_size
+    return total + (LAYERS - few) * layer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--layers", type=int, default=LAYERS, help="of the decode runs; fewer than 28 are scaled")
+    parser.add_argument("--prefill-layers", type=int, default=4)
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=["16-bit", "int8", "int4"])
+    parser.add_argument("--prompts", nargs="+", type=int, default=PROMPTS, help="prefill lengths")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=6, help="tokens of one decode run")
+    parser.add_argument("--threads", type=int, default=machine.cores())
+    parser.add_argument("--peer-python", default=sys.executable, help="a Python that has chatglm-cpp")
+    parser.add_argument("--no-peers", dest="peers", action="store_false")
+    parser.add_argument("--no-cold", dest="cold", action="store_false", help="no loading from the disk")
+    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--output", type=Path, help="folder of the results (default: DATA/results)")
+    options = parser.parse_args()
+    if options.layers < LAYERS:
+        options.prefill_layers = options.layers
+    if options.peers and not has_peer(options.peer_python):
+        print(f"chatglm.cpp is left out: no chatglm_cpp in {options.peer_python}", file=sys.stderr)
+        options.peers = False
+    start = time.perf_counter()
+    figures = result(measure(options), 0)
+    figures["seconds"] = time.perf_counter() - start
+    folder = options.output or options.data / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"speed-{options.layers}.json"
+    file.write_text(json.dumps(figures, indent=1))
+    print(write_report(figures, file))
+
+
+if __name__ == "__main__":
+    main()

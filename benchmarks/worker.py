@@ -1,0 +1,125 @@
+"""One of our models in a process of its own: driven by remote.py.
+
+    python benchmarks/worker.py FOLDER [--layers N] [--dtype bfloat16] [--threads 2] [--compile]
+
+What it times is `generate` as users call it. speed.py and throughput.py start it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+START = time.perf_counter()
+
+import torch  # noqa: E402
+from machine import resident_memory  # noqa: E402
+from remote import serve  # noqa: E402
+from transformers import AutoModel, StoppingCriteria, StoppingCriteriaList  # noqa: E402
+from transformers.utils import logging  # noqa: E402
+
+IMPORTED = time.perf_counter() - START
+
+
+class Clock(StoppingCriteria):
+    """The time at which each token is there."""
+
+    def __init__(self):
+        self.times: list[float] = []
+
+    def __call__(self, input_ids, scores, **kwargs) -> torch.Tensor:
+        self.times.append(time.perf_counter())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+
+class Worker:
+    def __init__(self, options: argparse.Namespace):
+        start = time.perf_counter()
+        changes = {"num_layers": options.layers} if options.layers else {}
+        if options.dtype:
+            changes["dtype"] = getattr(torch, options.dtype)
+        self.model = AutoModel.from_pretrained(options.folder, trust_remote_code=True, **changes).eval()
+        if options.compile:
+            self.model.forward = torch.compile(self.model.forward, dynamic=True)
+        self.model.generation_config.eos_token_id = None  # random weights may end an answer at any token
+        self.contexts: dict[int, tuple] = {}
+        loaded = time.perf_counter() - start
+        self.prefill(8)
+        self.started = {
+            "import_seconds": IMPORTED,
+            "load_seconds": loaded,
+            "first_token_seconds": time.perf_counter() - start,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            **{f"memory_{name}": value for name, value in resident_memory().items()},
+        }
+
+    def memory(self) -> dict:
+        return resident_memory()
+
+    def prompt(self, tokens: int) -> torch.Tensor:
+        """[1, tokens] random text ids, [gMASK], <sop>."""
+        config = self.model.config
+        text = torch.randint(100, 100000, (1, tokens - 2), generator=torch.Generator().manual_seed(tokens))
+        return torch.cat((text, torch.tensor([[config.gmask_token_id, config.bos_token_id]])), dim=1)
+
+    def generate(self, ids: torch.Tensor, new_tokens: int, **arguments):
+        """The output of `generate` and the seconds of each new token."""
+        clock = Clock()
+        start = time.perf_counter()
+        output = self.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            return_dict_in_generate=True,
+            stopping_criteria=StoppingCriteriaList([clock]),
+            **arguments,
+        )
+        times = [start, *clock.times]
+        return output, [after - before for before, after in zip(times, times[1:])]
+
+    def prefill(self, tokens: int) -> dict:
+        return {"seconds": self.generate(self.prompt(tokens), 1)[1][0]}
+
+    def decode(self, context: int, steps: int, prompt: int = 128) -> dict:
+        """Seconds of each of `steps` tokens behind `context` tokens, a prompt and for the rest an answer.
+
+        The answer's keys and values are copies of the prompt's: their numbers do not change the time.
+        """
+        if context not in self.contexts:
+            output, _ = self.generate(self.prompt(min(prompt, context)), 1)
+            self.contexts[context] = self.extended(output.sequences, output.past_key_values, context)
+        ids, cache = self.contexts[context]
+        for layer in cache.layers:  # what the last call appended; Cache.crop counts differently across versions
+            layer.keys, layer.values = layer.keys[:, :, :context], layer.values[:, :, :context]
+        _, seconds = self.generate(ids, steps + 1, past_key_values=cache)
+        return {"seconds": seconds[1:]}  # the first pays for setting generate up
+
+    def extended(self, ids: torch.Tensor, cache, context: int) -> tuple[torch.Tensor, object]:
+        """Ids of `context` tokens and one more, and a cache that holds the `context` tokens."""
+        while cache.get_seq_length() < context:
+            more = min(context - cache.get_seq_length(), cache.get_seq_length())
+            for index in range(self.model.config.num_layers):
+                layer = cache.layers[index]
+                cache.update(layer.keys[:, :, :more].clone(), layer.values[:, :, :more].clone(), index)
+        missing = context + 1 - ids.shape[1]
+        return torch.cat((ids, torch.full((1, max(missing, 0)), 100)), dim=1)[:, : context + 1], cache
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("folder")
+    parser.add_argument("--layers", type=int, help="only the first so many layers")
+    parser.add_argument("--dtype")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--compile", action="store_true", help="torch.compile the forward pass")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    serve(lambda: Worker(options))
+
+
+if __name__ == "__main__":
+    main()
