@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Up to this many rows the weights are read as they are, once for every 8 rows. Above it they are written out in 16
+# Up to this many rows the weights are read as they are, from memory once. Above it they are first written out in 16
 # bits for cuBLAS, which moves 5 (INT8) or 9 (INT4) times the bytes but multiplies on tensor cores.
 FUSED_ROWS = 16
 
@@ -92,12 +92,12 @@ template <class T> __device__ __forceinline__ float rounded(float value) {
 // Eight consecutive elements by 128-bit accesses; p is a multiple of 16 bytes.
 __device__ __forceinline__ void load8(const float *p, float *values) {
     #pragma unroll
-    for (int half4 = 0; half4 < 2; ++half4) {
-        const uint4 word = ((const uint4 *)p)[half4];
-        values[4 * half4 + 0] = __uint_as_float(word.x);
-        values[4 * half4 + 1] = __uint_as_float(word.y);
-        values[4 * half4 + 2] = __uint_as_float(word.z);
-        values[4 * half4 + 3] = __uint_as_float(word.w);
+    for (int i = 0; i < 8; i += 4) {
+        const uint4 loaded = *(const uint4 *)(p + i);
+        values[i + 0] = __uint_as_float(loaded.x);
+        values[i + 1] = __uint_as_float(loaded.y);
+        values[i + 2] = __uint_as_float(loaded.z);
+        values[i + 3] = __uint_as_float(loaded.w);
     }
 }
 template <class T> __device__ __forceinline__ void load8(const T *p, float *values) {
@@ -112,13 +112,13 @@ template <class T> __device__ __forceinline__ void load8(const T *p, float *valu
 }
 __device__ __forceinline__ void store8(float *p, const float *values) {
     #pragma unroll
-    for (int half4 = 0; half4 < 2; ++half4) {
-        uint4 word;
-        word.x = __float_as_uint(values[4 * half4 + 0]);
-        word.y = __float_as_uint(values[4 * half4 + 1]);
-        word.z = __float_as_uint(values[4 * half4 + 2]);
-        word.w = __float_as_uint(values[4 * half4 + 3]);
-        ((uint4 *)p)[half4] = word;
+    for (int i = 0; i < 8; i += 4) {
+        uint4 stored;
+        stored.x = __float_as_uint(values[i + 0]);
+        stored.y = __float_as_uint(values[i + 1]);
+        stored.z = __float_as_uint(values[i + 2]);
+        stored.w = __float_as_uint(values[i + 3]);
+        *(uint4 *)(p + i) = stored;
     }
 }
 template <class T> __device__ __forceinline__ void store8(T *p, const float *values) {
@@ -339,8 +339,6 @@ KERNELS(half, 8) KERNELS(bfloat16, 8) KERNELS(float, 8)
 KERNELS(half, 4) KERNELS(bfloat16, 4) KERNELS(float, 4)
 """
 
-Geometry = tuple[int, int, int]
-
 _ELEMENTS = {torch.float16: "half", torch.bfloat16: "bfloat16", torch.float32: "float"}
 _SCALE_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # enum ScaleType
 _LINEAR_THREADS, _LINEAR_ROWS = 128, 8  # a block: 4 warps, 2 output features each
@@ -367,7 +365,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bits: int) -> Tensor | None
     if torch.is_grad_enabled() and x.requires_grad:
         return None
     kernels = _kernels_for(x, weight, scale)
-    matrix = kernels and _describe(weight, scale, bits)
+    matrix = _describe(weight, scale, bits) if kernels else None
     if matrix is None or x.dtype not in _ELEMENTS:
         return None
     if x.shape[-1] != matrix.columns:
@@ -384,7 +382,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bits: int) -> Tensor | None
 def dequantize(weight: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor | None:
     """W [N, K] in `dtype`: integer x scale in `dtype`, as the original has it; None when PyTorch has to do it."""
     kernels = _kernels_for(weight, scale)
-    matrix = kernels and _describe(weight, scale, bits)
+    matrix = _describe(weight, scale, bits) if kernels else None
     if matrix is None or dtype not in _ELEMENTS:
         return None
     out = torch.empty(matrix.rows, matrix.columns, dtype=dtype, device=weight.device)
@@ -418,7 +416,7 @@ def quantize(weight: Tensor, bits: int) -> tuple[Tensor, Tensor] | None:
 
 
 class _Matrix(ctypes.Structure):
-    """struct Matrix of SOURCE."""
+    """struct Matrix of SOURCE: one argument for all of a matrix, which the launch of every product can share."""
 
     _fields_ = [
         ("packed", ctypes.c_void_p),
@@ -446,7 +444,7 @@ def _matrix(packed, packed_shape, packed_dtype, scale, scale_shape, scale_dtype,
         )
     rows, columns = packed_shape[0], packed_shape[1] * 8 // bits
     groups = scale_shape[1] if len(scale_shape) == 2 else 1
-    if scale_shape[0] != rows or groups == 0 or columns % groups:
+    if len(scale_shape) not in (1, 2) or scale_shape[0] != rows or groups == 0 or columns % groups:
         raise ValueError(f"scales {tuple(scale_shape)} do not fit a weight of {rows} rows and {columns} columns")
     group = columns // groups
     if groups == 1:
@@ -474,7 +472,7 @@ class _Kernels:
 
     def __init__(self, cpm: _CpmKernels, device: torch.device, cubin: bytes):
         self._device = device
-        self._set_device = cpm.cudart.cudaSetDevice
+        self._set_device = cpm.library.cudart.cudaSetDevice
         module = cpm.base.LazyKernelCModule(cubin)
         self._function = functools.cache(functools.partial(cpm.base.KernelFunction, module))
         with _on(device):
@@ -535,10 +533,8 @@ class _Unavailable(Exception):
 class _CpmKernels(NamedTuple):
     """The modules of cpm_kernels that are used."""
 
-    base: types.ModuleType
-    cuda: types.ModuleType
-    cudart: types.ModuleType
-    nvrtc: types.ModuleType
+    base: types.ModuleType  # LazyKernelCModule, KernelFunction
+    library: types.ModuleType  # cuda, cudart, nvrtc, cublaslt
 
 
 _lock = threading.Lock()
@@ -563,7 +559,7 @@ def _kernels_for(*tensors: Tensor) -> _Kernels | None:
 def _load_or_warn(device: torch.device) -> _Kernels | None:
     try:
         cpm = _cpm_kernels()
-        return _Kernels(cpm, device, _compile(cpm.nvrtc, _capability(device)))
+        return _Kernels(cpm, device, _compile(cpm.library.nvrtc, _capability(device)))
     except _Unavailable as error:
         _warn_once(str(error))
     except Exception as error:  # whatever a driver, a loader or a package may raise: named, then left to PyTorch
@@ -575,8 +571,8 @@ def _load_or_warn(device: torch.device) -> _Kernels | None:
 
 @functools.cache
 def _warn_once(reason: str) -> None:
-    text = f"No CUDA kernels for quantized weights. {reason} Until then PyTorch computes the same numbers, slower."
-    warnings.warn(text, RuntimeWarning, stacklevel=6)
+    text = f"No CUDA kernels for quantized weights. {reason} PyTorch computes the same numbers instead, slower."
+    warnings.warn(text, RuntimeWarning, stacklevel=5)  # the caller of linear, dequantize or quantize
 
 
 @functools.cache
@@ -599,7 +595,7 @@ def _compile(nvrtc: types.ModuleType, capability: tuple[int, int]) -> bytes:
     raise _Unavailable(
         f"NVRTC {version} does not compile for sm_{major}{minor} ({reason.strip()}). "
         "The kernels need a GPU of compute capability 7.0 or newer and an NVRTC that knows it: "
-        "pip install -U nvidia-cuda-nvrtc-cu12, or point CUDA_PATH at a matching CUDA toolkit."
+        f"pip install -U {_pip_package('cuda-nvrtc')}, or point CUDA_PATH at a matching CUDA toolkit."
     )
 
 
@@ -617,21 +613,33 @@ def _cpm_kernels() -> _CpmKernels:
             if error.name != "cpm_kernels":
                 raise
             raise _Unavailable("cpm_kernels is not installed: pip install cpm_kernels.") from error
-    return _with_libraries(_CpmKernels(base, library.cuda, library.cudart, library.nvrtc))
+    for missing in _missing_libraries(library):
+        raise _Unavailable(f"cpm_kernels cannot load lib{missing}: {_cure(missing)}")
+    return _CpmKernels(base, library)
 
 
-def _with_libraries(cpm: _CpmKernels) -> _CpmKernels:
-    """The same modules, once every library that they need has answered with a version."""
-    pip = "pip install nvidia-{}-cu12 (or the package of your torch's CUDA), or set CUDA_PATH to a CUDA toolkit."
-    cures = {
-        "libcuda": (cpm.cuda.version, "install the NVIDIA driver."),
-        "libcudart": (cpm.cudart.version, pip.format("cuda-runtime")),
-        "libnvrtc": (cpm.nvrtc.version[0], pip.format("cuda-nvrtc")),
+def _missing_libraries(library: types.ModuleType) -> list[str]:
+    """The CUDA libraries that cpm_kernels did not find; each that it did has answered with a version."""
+    versions = {
+        "cuda": library.cuda.version,
+        "cudart": library.cudart.version,
+        "nvrtc": library.nvrtc.version[0],
+        "cublasLt": library.cublaslt.version,
     }
-    for library, (version, cure) in cures.items():
-        if not version:
-            raise _Unavailable(f"cpm_kernels cannot load {library}: {cure}")
-    return cpm
+    return [name for name, version in versions.items() if not version]
+
+
+def _cure(name: str) -> str:
+    if name == "cuda":
+        return "install the NVIDIA driver."
+    package = {"cudart": "cuda-runtime", "nvrtc": "cuda-nvrtc", "cublasLt": "cublas"}[name]
+    return f"pip install {_pip_package(package)}, or point CUDA_PATH at a CUDA toolkit."
+
+
+def _pip_package(name: str) -> str:
+    """NVIDIA's pip package for torch's version of CUDA; since 13 its name has no suffix."""
+    major = (torch.version.cuda or "").split(".")[0]
+    return f"nvidia-{name}-cu{major}" if major in ("11", "12") else f"nvidia-{name}"
 
 
 # ---- What cpm_kernels 1.0.11 lacks today ----------------------------------------------------------------------------
@@ -640,7 +648,7 @@ def _with_libraries(cpm: _CpmKernels) -> _CpmKernels:
 def _forget_useless_import() -> None:
     """An import of cpm_kernels that failed or found no libraries stays in sys.modules; it would be served again."""
     library = sys.modules.get("cpm_kernels.library")
-    if library and "cpm_kernels" in sys.modules and library.cudart.version and library.nvrtc.version[0]:
+    if library and "cpm_kernels" in sys.modules and not _missing_libraries(library):
         return
     for name in [name for name in sys.modules if name.split(".")[0] == "cpm_kernels"]:
         del sys.modules[name]
@@ -654,21 +662,20 @@ def _lent_to_cpm_kernels() -> Iterator[None]:
     ctypes.util.find_library, but not the libraries that torch itself came with; on Windows it lists every entry of
     PATH, files too, and torch's folder is not on it.
     """
-    find, exists, path = ctypes.util.find_library, os.path.exists, os.environ.get("PATH")
-    stub = None if importlib.util.find_spec("pkg_resources") else _pkg_resources_stub()
-    if stub:
-        sys.modules["pkg_resources"] = stub
+    find, exists, path = ctypes.util.find_library, os.path.exists, os.environ.get("PATH", "")
+    needs_stub = "pkg_resources" not in sys.modules and not importlib.util.find_spec("pkg_resources")
+    if needs_stub:
+        sys.modules["pkg_resources"] = _pkg_resources_stub()
     ctypes.util.find_library = lambda name: _pip_library(name) or find(name)
-    os.path.exists = lambda file: exists(file) and not _is_superseded(file)
-    os.environ["PATH"] = os.pathsep.join(
-        _library_folders() + [p for p in (path or "").split(os.pathsep) if os.path.isdir(p)]
-    )
+    os.path.exists = lambda path: exists(path) and not _is_superseded(path)
+    folders = [entry for entry in path.split(os.pathsep) if os.path.isdir(entry)]
+    os.environ["PATH"] = os.pathsep.join(_library_folders() + folders)
     try:
         yield
     finally:
         ctypes.util.find_library, os.path.exists = find, exists
-        os.environ["PATH"] = path or ""
-        if stub:
+        os.environ["PATH"] = path
+        if needs_stub:
             del sys.modules["pkg_resources"]
 
 
@@ -689,13 +696,12 @@ def _pkg_resources_stub() -> types.ModuleType:
 
 
 def _library_folders() -> list[str]:
-    """Where torch's own CUDA libraries are: pip's nvidia-* packages and torch/lib."""
+    """Where torch's own CUDA libraries are: torch/lib, or pip's nvidia-* packages (lib on Linux, bin on Windows)."""
     nvidia = importlib.util.find_spec("nvidia")
     roots = nvidia.submodule_search_locations if nvidia else ()
-    folders = [
-        folder for root in roots for part in ("lib", "bin") for folder in glob.glob(os.path.join(root, "*", part))
-    ]
-    return sorted(folders) + [os.path.join(os.path.dirname(torch.__file__), "lib")]
+    folders = [folder for root in roots for folder in glob.glob(os.path.join(root, "*", "*"))]
+    folders = sorted(folder for folder in folders if os.path.basename(folder) in ("lib", "bin"))
+    return [os.path.join(os.path.dirname(torch.__file__), "lib"), *folders]
 
 
 def _pip_library(name: str) -> str | None:
@@ -704,14 +710,14 @@ def _pip_library(name: str) -> str | None:
     found = [
         os.path.join(folder, file)
         for folder in _library_folders()
-        for file in (os.listdir(folder) if os.path.isdir(folder) else ())
+        for file in sorted(os.listdir(folder))
         if pattern.fullmatch(file)
     ]
     major = (torch.version.cuda or "").split(".")[0]
     return min(found, key=lambda path: f".so.{major}" not in path, default=None)
 
 
-def _is_superseded(file: str) -> bool:
+def _is_superseded(path: str) -> bool:
     """Whether the system toolkit's library has to give way to the one that torch came with."""
-    library = re.fullmatch(r"/usr/local/cuda/lib64/lib(\w+)\.so", str(file))
+    library = re.fullmatch(r"/usr/local/cuda/lib64/lib(\w+)\.so", str(path))
     return bool(library and _pip_library(library.group(1)))

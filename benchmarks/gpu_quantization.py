@@ -33,6 +33,7 @@ MATRICES = {  # of a layer: output by input features
     "dense_4h_to_h": (4096, 16384),
 }
 ROWS = (1, 2, 4, 8, 16, 32, 128)
+CHECKED_SHAPES = ((64, 4096), (33, 704))
 BEYOND_CACHE = 512 * 2**20  # bytes of different matrices in turn, so that no cache serves them
 CALLS = 20  # of a product, in one measurement
 REPEATS = 7
@@ -94,17 +95,17 @@ def repeat(call: Callable[[int], object]) -> None:
         call(i)
 
 
-def copy_bandwidth(clock: Clock, size: int = BEYOND_CACHE) -> float:
+def copy_bandwidth(clock: Clock) -> float:
     """Bytes a second that a copy on the device moves, reading and writing counted."""
-    source = torch.empty(size // 4, dtype=torch.float32, device=clock.device).zero_()
+    source = torch.zeros(BEYOND_CACHE, dtype=torch.int8, device=clock.device)
     target = torch.empty_like(source)
-    return 2 * size / clock.seconds(lambda i: target.copy_(source))
+    return 2 * BEYOND_CACHE / clock.seconds(lambda i: target.copy_(source))
 
 
-def quantized_copies(shape: tuple[int, int], bits: int, device: torch.device, size: int = BEYOND_CACHE):
-    """Random quantized matrices of `size` bytes together, float16 scales."""
+def quantized_copies(shape: tuple[int, int], bits: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Random quantized matrices, together larger than any cache, with float16 scales."""
     rows, columns = shape
-    count = max(1, min(CALLS, size // (rows * columns * bits // 8)))
+    count = max(1, min(CALLS, BEYOND_CACHE // (rows * columns * bits // 8)))
     for _ in range(count):
         weight = torch.randint(-128, 128, (rows, columns * bits // 8), dtype=torch.int8, device=device)
         yield weight, (torch.rand(rows, device=device) * 0.01 + 0.001).half()
@@ -113,12 +114,12 @@ def quantized_copies(shape: tuple[int, int], bits: int, device: torch.device, si
 # ---- right? ---------------------------------------------------------------------------------------------------------
 
 
-def wrong_numbers(device: torch.device, shapes: tuple[tuple[int, int], ...] = ((64, 4096), (33, 704))) -> list[str]:
+def wrong_numbers(device: torch.device) -> list[str]:
     """What the kernels compute differently from plain PyTorch; empty when all is well."""
     wrong = []
     for bits in (8, 4):
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
-            for shape in shapes:
+            for shape in CHECKED_SHAPES:
                 name = f"INT{bits} {str(dtype)[6:]} {shape[0]} x {shape[1]}"
                 wrong += [f"{what}, {name}" for what in differences(torch.randn(shape, device=device).to(dtype), bits)]
     return wrong
@@ -157,12 +158,12 @@ class Product(NamedTuple):
     bytes: int  # of the quantized weight
 
 
-def products(clock: Clock, matrices: dict[str, tuple[int, int]] = MATRICES, rows=ROWS) -> Iterator[Product]:
-    for name, shape in matrices.items():
+def products(clock: Clock) -> Iterator[Product]:
+    for name, shape in MATRICES.items():
         plain = [torch.randn(shape, device=clock.device).half() for _ in range(4)]
         for bits in (8, 4):
             weights = list(quantized_copies(shape, bits, clock.device))
-            for m in rows:
+            for m in ROWS:
                 yield timed_product(
                     clock, name, bits, torch.randn(m, shape[1], device=clock.device).half(), weights, plain
                 )
@@ -253,9 +254,9 @@ def tokens_per_second(model, clock: Clock, context: int) -> float:
     return (NEW_TOKENS - 2) / (times[2] - times[1])
 
 
-def model_table(clock: Clock, free: float, contexts=CONTEXTS, **sizes) -> Iterator[str]:
-    yield "| weights | products | " + " | ".join(f"tokens/s at {context}" for context in contexts) + " | peak GB |"
-    yield "|---" * (3 + len(contexts)) + "|"
+def model_table(clock: Clock, free: float, **sizes) -> Iterator[str]:
+    yield "| weights | products | " + " | ".join(f"tokens/s at {context}" for context in CONTEXTS) + " | peak GB |"
+    yield "|---" * (3 + len(CONTEXTS)) + "|"
     for bits, kind in (
         (16, "matmul"),
         (8, "fused"),
@@ -268,10 +269,11 @@ def model_table(clock: Clock, free: float, contexts=CONTEXTS, **sizes) -> Iterat
             continue
         on_gpu = clock.device.type == "cuda"
         if on_gpu:
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(clock.device)
         model = random_model(bits, clock.device, **sizes)
         with fused_rows(cuda_kernels.FUSED_ROWS if kind == "fused" else 0):
-            speeds = [f"{tokens_per_second(model, clock, context):.1f}" for context in contexts]
+            speeds = [f"{tokens_per_second(model, clock, context):.1f}" for context in CONTEXTS]
         peak = torch.cuda.max_memory_allocated(clock.device) / 1e9 if on_gpu else 0
         yield f"| {bits} bits | {kind} | " + " | ".join(speeds) + f" | {peak:.1f} |"
         del model
@@ -292,11 +294,12 @@ def fused_rows(rows: int) -> Iterator[None]:
 
 def describe(device: torch.device) -> str:
     properties = torch.cuda.get_device_properties(device)
-    cpm = cuda_kernels._cpm_kernels()
+    library = cuda_kernels._cpm_kernels().library
+    nvrtc = ".".join(str(part) for part in library.nvrtc.version)
     return (
         f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.multi_processor_count} SMs, "
         f"{properties.total_memory / 1e9:.1f} GB; torch {torch.__version__}, CUDA {torch.version.cuda}, "
-        f"driver {cpm.cuda.version}, runtime {cpm.cudart.version}, NVRTC {cpm.nvrtc.version[0]}.{cpm.nvrtc.version[1]}"
+        f"driver {library.cuda.version}, runtime {library.cudart.version}, NVRTC {nvrtc}"
     )
 
 
@@ -318,6 +321,7 @@ def report(clock: Clock, skip_model: bool) -> int:
         print(line, flush=True)
     if not skip_model:
         print()
+        torch.cuda.empty_cache()
         for line in model_table(clock, torch.cuda.mem_get_info(clock.device)[0]):
             print(line, flush=True)
     print("\n" + REPORT)

@@ -26,7 +26,8 @@ from chatglm_slim import cuda_kernels
 from cuda_emulation import build, checks, nvrtc_table, seam
 
 TIME_LIMIT = 60  # seconds for the checks of one mutant; a hang is caught too
-SURVIVED, WRONG_NUMBERS, CHECKS_FAILED = range(3)
+SURVIVED, WRONG_NUMBERS, CHECKS_FAILED = 0, 10, 11
+VERDICTS = {SURVIVED: "SURVIVED", 1: "undefined behaviour", WRONG_NUMBERS: "wrong numbers"}  # 1: gcc's sanitizer exits
 
 
 class Mutant(NamedTuple):
@@ -44,8 +45,8 @@ MUTANTS = [
     Mutant("sign bit of one INT8 byte not flipped", "^ 0x80808080u", "^ 0x80800080u"),
     Mutant("one byte picked twice", "0x7540u + i % 4", "0x7540u + i % 4 / 2 * 2"),
     Mutant("sign of a nibble lost", "(int)((unsigned)pair << 28) >> 28", "(int)(((unsigned)pair << 28) >> 28)"),
-    Mutant("one activation read twice", "values[4 * half4 + 1] = __uint_as_float(word.y)",
-           "values[4 * half4 + 1] = __uint_as_float(word.x)"),
+    Mutant("one activation read twice", "values[i + 1] = __uint_as_float(loaded.y)",
+           "values[i + 1] = __uint_as_float(loaded.x)"),
     # scales
     Mutant("scale of the wrong group", "(column >> w.groupShift)", "(column >> (w.groupShift - 1))"),
     Mutant("scale of the wrong row", "(long long)row * w.groups +", "(long long)row +"),
@@ -115,7 +116,7 @@ def verdict(library: Path, cubin: bytes) -> str:
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
         return signal.Signals(os.WTERMSIG(status)).name
-    return {SURVIVED: "SURVIVED", WRONG_NUMBERS: "wrong numbers"}.get(os.WEXITSTATUS(status), "checks do not run")
+    return VERDICTS.get(os.WEXITSTATUS(status), "checks do not run")
 
 
 def run_checks(library: Path, cubin: bytes) -> int:

@@ -23,7 +23,7 @@ TARGETS = ["sm_70", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_1
 
 
 class Compiled(NamedTuple):
-    """What `--ptxas-options=-v` says of one target: registers and spilled bytes by kernel."""
+    """What `--ptxas-options=-v` says of one target: by kernel, registers and bytes on the stack or spilled."""
 
     nvrtc: str
     target: str
@@ -82,13 +82,13 @@ def wheels() -> list[Path]:
 
 
 def parse_log(log: str) -> tuple[dict[str, int], dict[str, int]]:
-    """Registers and spilled bytes of every kernel in a ptxas log."""
+    """Registers, and bytes on the stack or spilled, of every kernel in a ptxas log."""
     registers, spilled, kernel = {}, {}, None
     for line in log.splitlines():
         if entry := re.search(r"Compiling entry function '(\w+)'", line):
             kernel = entry.group(1)
-        elif spills := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
-            spilled[kernel] = int(spills.group(1)) + int(spills.group(2))
+        elif "bytes stack frame" in line:  # and then "bytes spill stores", "bytes spill loads"
+            spilled[kernel] = sum(int(number) for number in re.findall(r"\d+", line))
         elif used := re.search(r"Used (\d+) registers", line):
             registers[kernel] = int(used.group(1))
     return registers, spilled
