@@ -2,17 +2,19 @@
 
 import contextlib
 import copy
+import functools
 import hashlib
 import json
 import pickle
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from chatglm_slim.tokenization_chatglm import CONTROL_PIECES, ChatGLMTokenizer, complete_sentencepiece
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -55,6 +57,12 @@ def load(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tiny(load, tiny_sp_model):
     return load(tiny_sp_model)
+
+
+@pytest.fixture(scope="module")
+def tiny_full(load, tiny_sp_model):
+    """The tiny pieces behind 20000 image tokens."""
+    return load(tiny_sp_model, num_image_tokens=20000)
 
 
 @pytest.fixture(scope="module")
@@ -288,16 +296,20 @@ def as_messages(pairs, query=None, system=None):
     return messages + ([{"role": "user", "content": query}] if query is not None else [])
 
 
-def template_text(messages, add_generation_prompt):
-    """The text that chat_template.jinja gives, in the environment that transformers renders it in."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+@functools.lru_cache(maxsize=1)
+def template():
+    """chat_template.jinja in the environment that transformers renders it in."""
 
     def raise_exception(message):
         raise TemplateError(message)
 
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = raise_exception
-    template = environment.from_string((ROOT / "chat_template.jinja").read_text())
-    return template.render(messages=messages, add_generation_prompt=add_generation_prompt)
+    return environment.from_string((ROOT / "chat_template.jinja").read_text())
+
+
+def template_text(messages, add_generation_prompt):
+    return template().render(messages=messages, add_generation_prompt=add_generation_prompt)
 
 
 @quick
@@ -594,3 +606,110 @@ def test_decode_takes_every_form_of_ids(tiny):
 def test_ids_without_a_piece_print_nothing(tiny):
     ids = tiny.encode_text("你好")
     assert tiny.decode([*ids, tiny.vocab_size, tiny.vocab_size + 183, -100]) == "你好"
+
+
+# ---- properties ----------------------------------------------------------------------------------------------
+ALPHABETS = ("abXY019 .,!?;:'\"()[]{}#$%&*+-/=@_`~^", "你好世界。的龘，！？", "👋😀é한", "\n\t ")
+PLAIN = st.lists(st.one_of(*map(st.text, ALPHABETS), st.sampled_from([" " * 80, " " * 81, " " * 162])), max_size=8)
+PLAIN = PLAIN.map("".join)
+FULL_WIDTH = str.maketrans("，！？", ",!?")  # what NFKC changes of these
+
+
+def as_the_rules_leave_it(text):
+    """A lone blank at either end is dropped; one that 80 or 160 blanks leave over at the end is alone."""
+    text = text.translate(FULL_WIDTH)
+    trailing = len(text) - len(text.rstrip(" "))
+    text = text[1:] if text.startswith(" ") and not text.startswith("  ") else text
+    return text[:-1] if trailing % 80 == 1 else text
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@quick
+@given(text=PLAIN)
+@example(" " * 161)
+@example(" ")
+def test_decoding_gives_back_the_normalised_text(tokenizers, variant, text):
+    tokenizer = tokenizers(variant)
+    for ids in (tokenizer.encode_text(text), tokenizer(text)["input_ids"]):
+        assert tokenizer.decode(ids) == as_the_rules_leave_it(text)
+
+
+@quick
+@given(text=TYPED)
+def test_offset_moves_every_id_by_exactly_the_image_tokens(tiny, tiny_full, text):
+    assert tiny_full.encode_text(text) == [index + 20000 for index in tiny.encode_text(text)]
+    ids = tiny(text)["input_ids"]
+    assert tiny_full(text)["input_ids"] == [index + 20000 for index in ids]
+    assert tiny_full.decode([index + 20000 for index in ids]) == tiny.decode(ids)
+
+
+@quick
+@given(texts=st.lists(TYPED, min_size=1, max_size=5), extra=st.integers(0, 9))
+def test_padding_changes_no_row(tiny, texts, extra):
+    alone = [tiny(text)["input_ids"] for text in texts]
+    width = max(map(len, alone)) + extra
+    batch = tiny(texts, padding="max_length", max_length=width)
+    for row, mask, ids in zip(batch["input_ids"], batch["attention_mask"], alone):
+        assert row == [tiny.pad_token_id] * (width - len(ids)) + ids
+        assert mask == [0] * (width - len(ids)) + [1] * len(ids)
+    assert tiny.batch_decode(batch["input_ids"]) == [tiny.decode(ids) for ids in alone]
+
+
+@quick
+@given(
+    rows=st.one_of(st.lists(TYPED, min_size=1), st.lists(st.tuples(TYPED, TYPED), min_size=1)),
+    limit=st.none() | st.integers(4, 12),
+    strategy=st.sampled_from([True, "only_first", "longest_first"]),
+    special=st.booleans(),
+)
+def test_batch_is_encoded_as_its_rows_are(tiny, rows, limit, strategy, special):
+    """Batches go past the row-by-row way of transformers, which encodes single texts."""
+    options = {"add_special_tokens": special}
+    options.update({} if limit is None else {"truncation": strategy, "max_length": limit})
+    batch = tiny(rows, **options)
+    alone = [tiny(*([row] if isinstance(row, str) else row), **options) for row in rows]
+    for name in ("input_ids", "attention_mask"):
+        assert batch[name] == [one[name] for one in alone]
+    told = tiny(rows, return_special_tokens_mask=True, **options)  # row by row again
+    assert told["input_ids"] == batch["input_ids"]
+
+
+def test_batch_on_threads_is_encoded_as_on_one(tiny):
+    rows = [f"第 {i} 行\n  x" + (" [MASK]" if i % 7 == 0 else "") for i in range(300)]
+    assert tiny(rows)["input_ids"] == [tiny(row)["input_ids"] for row in rows]
+
+
+# ---- much input ----------------------------------------------------------------------------------------------
+def cpu_seconds(function, *arguments):
+    """The least of three runs: others may be at work on the machine."""
+    times = []
+    for _ in range(3):
+        start = time.process_time()
+        function(*arguments)
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+MUCH = {
+    "blanks": " " * 1000,
+    "newlines": "\n" * 1000,
+    "code": "\tif x:  # 注释\n" + " " * 12 + "y = [1, 2]\n",
+    "one-word": "a" * 1000,
+    "control-tokens": "x [MASK] <sop> 你好 ",
+    "unclosed": "<|blank_<|<n[MASK" * 10,
+}
+
+
+@pytest.mark.parametrize("unit", MUCH.values(), ids=MUCH)
+def test_encoding_and_decoding_are_linear_in_the_length(tiny, unit):
+    """Eight times as much text takes about eight times as long, not sixty-four."""
+    short, long = (unit * (size // len(unit)) for size in (40_000, 320_000))
+    for function in (tiny, tiny.encode_text):
+        assert cpu_seconds(function, long) < 24 * cpu_seconds(function, short) + 0.05
+    short_ids, long_ids = (tiny(text)["input_ids"] for text in (short, long))
+    assert cpu_seconds(tiny.decode, long_ids) < 24 * cpu_seconds(tiny.decode, short_ids) + 0.05
+
+
+def test_a_megabyte_of_text_is_a_matter_of_seconds(tiny):
+    text = (MUCH["code"] * 40_000)[:1_000_000]
+    assert cpu_seconds(lambda: tiny.decode(tiny(text)["input_ids"])) < 10
