@@ -17,7 +17,7 @@ CHUNK = 128  # columns per step of every kernel: 64 bytes of INT4, and whole gro
 TILE = 4  # rows of the weight that share one load of the activations
 PANEL = 16  # rows of activations in one vector of a matrix product
 BLOCK_ROWS = 64  # rows of the weight that a thread unpacks at a time for a matrix product
-PREFETCH_LEVEL = 2  # into the second-level cache; measured best
+PREFETCH_LEVEL = 3  # into the first-level cache; measured best
 
 F32X16, BF16X32, I32X16, I16X32 = "<16 x float>", "<32 x bfloat>", "<16 x i32>", "<32 x i16>"
 NIBBLES = [n if n < 8 else n - 16 for n in range(16)]
@@ -43,6 +43,7 @@ class Variant(NamedTuple):
     scale: str
     x: str  # type of the activations; for "dequantize", of the result
     rows: int = 0  # rows of activations of a gemv
+    tile: int = 0  # rows of the weight at a time in a gemv
 
     @property
     def dots_bf16(self) -> bool:
@@ -68,9 +69,36 @@ class Variant(NamedTuple):
         return CHUNK // self.group if self.group else 0
 
     @property
-    def tile(self) -> int:
-        """Rows of the weight at a time in a gemv, so that the sums fit the registers (AVX2 has 16 half as wide)."""
-        return TILE if self.isa != "avx2" else max(1, TILE // self.rows)
+    def chains(self) -> int:
+        """Independent sums per row of the weight and row of x in a gemv, as far as the registers reach."""
+        registers, vectors = (4 if self.isa == "avx2" else 8), (4 if self.dots_bf16 else 8)
+        return 1 if self.group else min(vectors, max(1, registers // (self.tile * self.rows)))
+
+    @property
+    def slab_columns(self) -> int:
+        """Columns of a gemv whose activations take 16 KiB, or 32 KiB of several rows, of the first-level cache."""
+        columns = 8192 if self.dots_bf16 else 4096
+        return columns if self.rows <= 2 else columns // 2
+
+    def with_tile(self, columns: int) -> Variant:
+        """Sets how many rows of the weight a gemv reads side by side. One is a single stream, which memory delivers
+        fastest; several share each load of the activations, and slabs end less often. As measured."""
+        if self.isa == "avx2":  # half as many registers, half as wide
+            return self._replace(tile={1: 2, 2: 2}.get(self.rows, 1))
+        if self.rows > 1 or (self.bits == 4 and not self.dots_bf16):
+            return self._replace(tile=TILE)
+        if columns <= self.slab_columns:
+            return self._replace(tile=1)
+        return self._replace(tile=TILE if self.bits == 4 else 2)
+
+    @property
+    def tiles_ahead(self) -> int:
+        """How far ahead a gemv asks for weights: 8 KiB or one tile."""
+        return max(1, 8192 // (self.tile * min(self.slab_columns, 4096) * self.bits // 8))
+
+    def gemv_scratch(self, columns: int) -> int:
+        """float32 words that each thread of a gemv needs: x and the sums."""
+        return self.rows * (columns + 16 * BLOCK_ROWS)
 
     @property
     def gemm_tiles(self) -> list[tuple[int, int]]:
@@ -125,6 +153,9 @@ class Emitter:
     def call(self, kind: str, function: str, *arguments: str) -> str:
         return self(f"call {kind} @llvm.{function}({', '.join(arguments)})")
 
+    def minimum(self, a: str, b: str) -> str:
+        return self.call("i64", "umin.i64", f"i64 {a}", f"i64 {b}")
+
     def fma(self, a: str, b: str, c: str) -> str:
         return self.call(F32X16, "fma.v16f32", f"{F32X16} {a}", f"{F32X16} {b}", f"{F32X16} {c}")
 
@@ -166,7 +197,7 @@ class Emitter:
         more = self(f"icmp ult i64 {first}, {args.rows}")
         self.do(f"  br i1 {more}, label %{label}.body, label %{label}.end", f"{label}.body:")
         self.block = f"{label}.body"
-        last = self.call("i64", "umin.i64", f"i64 {self.op('add', first, args.task_rows)}", f"i64 {args.rows}")
+        last = self.minimum(self.op("add", first, args.task_rows), args.rows)
         yield first, last
         self.do(f"  br label %{label}", f"{label}.end:")
         self.block = f"{label}.end"
@@ -280,19 +311,29 @@ def kernel_ir(variant: Variant) -> str:
 
 
 def gemv(emit: Emitter, variant: Variant, args: Arguments) -> None:
-    """y[M, N] = x[M, K] @ (scale * weight[N, K]).T for a few M: a tile of weight rows times all of x at a time."""
+    """y[M, N] = x[M, K] @ (scale * weight[N, K]).T for a few M.
+
+    Reads BLOCK_ROWS rows of the weight, by slabs of columns whose activations stay in the first-level cache. The own
+    memory of a thread holds x [M, K] and the sums [BLOCK_ROWS, M] of 16 lanes."""
     x_columns = emit.op("mul", args.chunks, CHUNK)
+    x_values = emit.op("mul", x_columns, variant.rows)
     thread = emit(f"atomicrmw add ptr {args.next_thread}, i64 1 monotonic")
-    own_x = emit.at(variant.lane, args.scratch, emit.op("mul", thread, emit.op("mul", x_columns, variant.rows)))
+    own_floats = emit.op("add", x_values, BLOCK_ROWS * variant.rows * 16)
+    sums = emit.at("float", args.scratch, emit.op("mul", thread, own_floats))
+    own_x = emit.at(F32X16, sums, BLOCK_ROWS * variant.rows)
     copy_x(emit, variant, args, own_x)
-    with emit.tasks(args) as (first, last), emit.loop(last, variant.tile, first) as rows:
-        tile = [emit.op("add", rows.index, number) for number in range(variant.tile)]
-        sums = tile_sums(emit, variant, args, tile, own_x, x_columns)
-        for (t, m, half), value in sums.items():
-            if half == 0:
-                value = emit.op("fadd", value, sums[t, m, 1], F32X16) if (t, m, 1) in sums else value
-                place = emit.op("add", tile[t], emit.op("mul", args.rows, m))
-                store_sum(emit, variant, args, tile[t], value, emit.at("float", args.y, place))
+    with emit.tasks(args) as (first, last), emit.loop(last, BLOCK_ROWS, first) as block:
+        stop = emit.minimum(emit.op("add", block.index, BLOCK_ROWS), last)
+        slab_chunks = variant.slab_columns // CHUNK
+        with emit.loop(args.chunks, slab_chunks) as slab:
+            slab_stop = emit.minimum(emit.op("add", slab.index, slab_chunks), args.chunks)
+            with emit.loop(stop, variant.tile, block.index) as row:
+                local = emit.op("mul", emit.op("sub", row.index, block.index), variant.rows)
+                tile_sums = emit.at(F32X16, sums, local)
+                add_tile(emit, variant, args, own_x, tile_sums, row.index, slab.index, slab_stop)
+        with emit.loop(stop, 1, block.index) as row:
+            local = emit.op("mul", emit.op("sub", row.index, block.index), variant.rows)
+            store_row(emit, variant, args, emit.at(F32X16, sums, local), row.index)
 
 
 def copy_x(emit: Emitter, variant: Variant, args: Arguments, own_x: str) -> None:
@@ -307,51 +348,57 @@ def copy_x(emit: Emitter, variant: Variant, args: Arguments, own_x: str) -> None
         emit.store(f"<{CHUNK} x {variant.lane}>", x, emit.at(variant.lane, own_x, offset), 64)
 
 
-def tile_sums(emit: Emitter, variant: Variant, args: Arguments, tile: list, own_x: str, x_columns: str) -> dict:
-    """Sums over all columns: (row of the tile, row of x, half) -> 16 partial sums. One row of x has two halves, of
-    even and odd vectors, since a single chain of additions would wait for its own results."""
-    halves = 2 if variant.rows == 1 and not variant.group else 1
-    keys = [(t, m, half) for t in range(len(tile)) for m in range(variant.rows) for half in range(halves)]
+def add_tile(
+    emit, variant: Variant, args: Arguments, own_x: str, tile_sums: str, row: str, start: str, stop: str
+) -> None:
+    """Adds the chunks from `start` to `stop` of the rows of a tile to their sums, in several chains: a single chain of
+    additions would wait for its own results."""
+    chains = variant.chains
+    keys = [(t, m, c) for t in range(variant.tile) for m in range(variant.rows) for c in range(chains)]
     row_bytes = emit.op("mul", args.chunks, variant.chunk_bytes)
-    starts = [emit.at("i8", args.weight, emit.op("mul", row, row_bytes)) for row in tile]
-    ahead = emit.op("mul", row_bytes, len(tile))
-    with emit.loop(args.chunks, carried=[(F32X16, "zeroinitializer")] * len(keys)) as chunk:
+    first = emit.at("i8", args.weight, emit.op("mul", row, row_bytes))
+    rows = [emit.at("i8", first, emit.op("mul", row_bytes, t)) for t in range(variant.tile)]
+    ahead = emit.op("mul", row_bytes, variant.tile * variant.tiles_ahead)
+    x_columns = emit.op("mul", args.chunks, CHUNK)
+    with emit.loop(stop, 1, start, [(F32X16, "zeroinitializer")] * len(keys)) as chunk:
         sums = dict(zip(keys, chunk.values))
-        offset = emit.op("mul", chunk.index, variant.chunk_bytes)
-        here = [emit.at("i8", start, offset) for start in starts]
+        here = [emit.at("i8", pointer, emit.op("mul", chunk.index, variant.chunk_bytes)) for pointer in rows]
         for pointer in here:
             prefetch(emit, emit.at("i8", pointer, ahead), variant.chunk_bytes)
         weights = [widened(emit, variant, pointer) for pointer in here]
-        x_offset = emit.op("mul", chunk.index, CHUNK)
-        xs = [
-            emit.at(variant.lane, own_x, emit.op("add", x_offset, emit.op("mul", x_columns, m)))
-            for m in range(variant.rows)
-        ]
+        x_first = emit.at(variant.lane, own_x, emit.op("mul", chunk.index, CHUNK))
+        xs = [emit.at(variant.lane, x_first, emit.op("mul", x_columns, m)) for m in range(variant.rows)]
         if variant.group:
-            scales = [chunk_scales(emit, variant, args, row, chunk.index) for row in tile]
+            scales = [chunk_scales(emit, variant, args, emit.op("add", row, t), chunk.index) for t in range(len(rows))]
             add_grouped(emit, variant, sums, weights, xs, scales)
         else:
             for v in range(len(weights[0])):
-                add_products(emit, variant, sums, v, weights, xs, half=v % halves)
+                add_products(emit, variant, sums, v, weights, xs, chain=v % chains)
         chunk.update = [sums[key] for key in keys]
-    return sums
+    is_first = emit(f"icmp eq i64 {start}, 0")
+    for t, m, _ in keys[::chains]:
+        place = emit.at(F32X16, tile_sums, t * variant.rows + m)
+        total = emit(f"select i1 {is_first}, {F32X16} zeroinitializer, {F32X16} {emit.load(F32X16, place, 64)}")
+        for c in range(chains):
+            total = emit.op("fadd", total, sums[t, m, c], F32X16)
+        emit.store(F32X16, total, place, 64)
 
 
 def prefetch(emit: Emitter, pointer: str, size: int) -> None:
-    """The same place of the next tile: the weight is one long stream, but in rows too short for the CPU to notice."""
+    """Of weights that are needed soon: the CPU by itself looks ahead within a page of 4 KiB only."""
     for offset in range(0, size, 64):
         emit.do(
             f"  call void @llvm.prefetch.p0(ptr {emit.at('i8', pointer, offset)}, i32 0, i32 {PREFETCH_LEVEL}, i32 1)"
         )
 
 
-def add_products(emit: Emitter, variant: Variant, sums: dict, v: int, weights: list, xs: list, half: int = 0) -> None:
-    """sums[t, m, half] += weights[t][v] * xs[m][v]."""
+def add_products(emit: Emitter, variant: Variant, sums: dict, v: int, weights: list, xs: list, chain: int = 0) -> None:
+    """sums[t, m, chain] += weights[t][v] * xs[m][v]."""
     kind, lanes = variant.vector, 32 if variant.dots_bf16 else 16
     for m, x in enumerate(xs):
         x_vector = emit.load(kind, emit.at(variant.lane, x, v * lanes), 64)
         for t, row in enumerate(weights):
-            sums[t, m, half] = multiply_add(emit, variant, row[v], x_vector, sums[t, m, half])
+            sums[t, m, chain] = multiply_add(emit, variant, row[v], x_vector, sums[t, m, chain])
 
 
 def multiply_add(emit: Emitter, variant: Variant, weight: str, x: str, total: str) -> str:
@@ -385,11 +432,15 @@ def add_grouped(emit: Emitter, variant: Variant, sums: dict, weights: list, xs: 
                 sums[t, m, 0] = emit.fma(partial[t, m, 0], of_lanes, sums[t, m, 0])
 
 
-def store_sum(emit: Emitter, variant: Variant, args: Arguments, row: str, value: str, place: str) -> None:
-    total = emit(f"call reassoc float @llvm.vector.reduce.fadd.v16f32(float -0.0, {F32X16} {value})")
-    if variant.scale and not variant.group:
-        total = emit.op("fmul", total, row_scale(emit, variant, args, row), "float")
-    emit.store("float", total, place)
+def store_row(emit: Emitter, variant: Variant, args: Arguments, row_sums: str, row: str) -> None:
+    """y[:, row] = the sums of one row of the weight, lanes added, times its scale."""
+    scale = row_scale(emit, variant, args, row) if variant.scale and not variant.group else None
+    for m in range(variant.rows):
+        lanes = emit.load(F32X16, emit.at(F32X16, row_sums, m), 64)
+        total = emit(f"call reassoc float @llvm.vector.reduce.fadd.v16f32(float -0.0, {F32X16} {lanes})")
+        if scale:
+            total = emit.op("fmul", total, scale, "float")
+        emit.store("float", total, emit.at("float", args.y, emit.op("add", row, emit.op("mul", args.rows, m))))
 
 
 def row_scale(emit: Emitter, variant: Variant, args: Arguments, index: str) -> str:
@@ -456,13 +507,12 @@ def gemm(emit: Emitter, variant: Variant, args: Arguments) -> None:
     block = emit.at("float", sums, sum_floats)
     last_block = emit.op("sub", args.rows, BLOCK_ROWS)
     with emit.tasks(args) as (first, _):
-        first = emit.call("i64", "umin.i64", f"i64 {first}", f"i64 {last_block}")  # the last two blocks may overlap
+        first = emit.minimum(first, last_block)  # the last two blocks may overlap
         with emit.loop(emit.op("mul", args.panels, BLOCK_ROWS)) as vector:
             emit.store(F32X16, "zeroinitializer", emit.at(F32X16, sums, vector.index), 64)
         block_chunks = variant.block_columns // CHUNK
         with emit.loop(args.chunks, block_chunks) as start:
-            left = emit.op("sub", args.chunks, start.index)
-            count = emit.call("i64", "umin.i64", f"i64 {left}", f"i64 {block_chunks}")
+            count = emit.minimum(emit.op("sub", args.chunks, start.index), str(block_chunks))
             unpack_block(emit, variant, args, block, first, start.index, count)
             tile_start = "0"
             for panels, rows in variant.gemm_tiles:

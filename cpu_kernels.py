@@ -111,10 +111,11 @@ def _gemv(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int) -> Tensor 
     y = torch.empty(x.shape[0], weight.shape[0])
     for start in range(0, x.shape[0], GEMV_ROWS):
         part = x[start : start + GEMV_ROWS]
-        address = _kernel(_variant("gemv", weight, scale, bits, x.dtype, part.shape[0]))
+        variant = _variant("gemv", weight, scale, bits, x.dtype, part.shape[0]).with_tile(x.shape[1])
+        address = _kernel(variant)
         if address is None:
             return None
-        _launch(address, weight, scale, part, y[start:], bits, scratch=part.numel())
+        _launch(address, weight, scale, part, y[start:], bits, variant.gemv_scratch(x.shape[1]))
     return y.to(x.dtype)
 
 
@@ -254,7 +255,7 @@ def _check(variant: Variant, address: int) -> None:
         x = _noise(variant.rows or 2 * PANEL + 1, columns).to(_dtype(variant.x))
         if variant.kind == "gemv":
             y = torch.empty(len(x), rows)
-            _launch(address, weight, scale, x, y, variant.bits, scratch=x.numel())
+            _launch(address, weight, scale, x, y, variant.bits, variant.gemv_scratch(columns))
         else:
             y = torch.empty(3 * PANEL, rows, dtype=x.dtype)
             panels = _panels(x, variant.dots_bf16)

@@ -324,7 +324,7 @@ def test_without_openmp_one_thread_does_the_work(monkeypatch):
 def test_kernels_for_avx2_call_no_instruction_of_avx512():
     for kind in ("gemv", "gemm", "dequantize"):
         for x in ("float", "bfloat", "half"):
-            assert "avx512" not in kernel_ir(Variant(kind, "avx2", 4, 32, "", "half", x, 2))
+            assert "avx512" not in kernel_ir(Variant(kind, "avx2", 4, 32, "", "half", x, 2, 2))
 
 
 def test_importing_compiles_and_looks_up_nothing():
