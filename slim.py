@@ -33,6 +33,7 @@ from slimming.plan import VOCAB_FILE, Job, Options, Plan, first_line, judge_chun
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.model", "MODEL_LICENSE"]
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 SMALL_FILES = 16 * 10**6  # room for everything but the shards
+ROWS_BYTES = 1 << 23  # of a matrix, quantized at a time
 LOCK = "slim.lock"
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -193,7 +194,10 @@ def write_shards(plan: Plan, partial: Path, journal: io.Journal, options: Option
 def stream(reader: io.Reader, jobs: Sequence[Job], options: Options, bar: Any) -> Iterator[tuple[str, Any]]:
     """(tensor name, bytes) of every output tensor of a shard, in chunks."""
     for job in jobs:
-        unit = io.ITEM_SIZES[job.source.dtype] * (job.shape[1] if job.bits else 1)
+        unit = io.ITEM_SIZES[job.source.dtype]
+        if job.bits:  # whole rows, and enough of them to be worth a call
+            row = unit * job.shape[1]
+            unit = row * max(ROWS_BYTES // row, 1)
         position = 0
         for chunk in reader.chunks(job.source, job.ranges(), unit):
             judge_chunk(chunk, job, position, options)

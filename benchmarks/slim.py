@@ -42,7 +42,7 @@ def tensors_by_shard(layers: int) -> Iterator[list[tuple[str, str, tuple[int, ..
     shapes = expected_shapes({**CONFIG, "num_layers": layers}, ROWS)
     names = [EMBEDDING, *(name for name in shapes if name != EMBEDDING)]
     size = {name: int(numpy.prod(shapes[name])) * 2 for name in names}
-    limit = sum(size.values()) / (SHARDS - 1) + 1
+    limit = 1.05 * sum(size.values()) / (SHARDS - 1)
     shard: list[tuple[str, str, tuple[int, ...]]] = []
     filled = 0
     for name in names:

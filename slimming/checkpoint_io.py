@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-CHUNK_BYTES = 1 << 20  # a multiple of every item size; fits the second-level cache together with its scan
+CHUNK_BYTES = 1 << 18  # a multiple of every item size; read, scanned and written while it is in the CPU cache
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 ITEM_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F16": 2, "BF16": 2, "I16": 2, "F32": 4, "I32": 4, "F64": 8, "I64": 8}
@@ -440,6 +440,8 @@ class Reader:
             self.pickled = load_pickled(path, mmap=False)
         elif path is not None:
             self.file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed by the next open or __exit__)
+            if hasattr(os, "posix_fadvise"):  # not on macOS and Windows
+                os.posix_fadvise(self.file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
     def read_into(self, tensor: StoredTensor, begin: int, view: memoryview) -> None:
         """Fills `view` with the bytes of `tensor` from its byte `begin` on."""
@@ -490,13 +492,14 @@ def first_nonfinite(chunk: memoryview, dtype: str) -> int | None:
     """The index of the first NaN or infinity among the numbers of a chunk: all exponent bits set."""
     import numpy
 
-    mask = EXPONENT_BITS.get(dtype)
-    if mask is None:
+    mask, size = EXPONENT_BITS.get(dtype), ITEM_SIZES[dtype]
+    if mask is None or not chunk:
         return None
-    bits = numpy.frombuffer(chunk, dtype=f"<u{ITEM_SIZES[dtype]}") & mask
-    if bits.size == 0 or bits.max() < mask:
+    # as integers they are the largest positive ones, and with the sign bit the largest of all: two maxima, no copy
+    signed, unsigned = numpy.frombuffer(chunk, f"<i{size}"), numpy.frombuffer(chunk, f"<u{size}")
+    if signed.max() < mask and unsigned.max() < mask + (1 << 8 * size - 1):
         return None
-    return int((bits == mask).argmax())
+    return int((unsigned & mask == mask).argmax())
 
 
 # -------------------------------------------------------------------------------------------------------- writing
