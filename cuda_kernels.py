@@ -89,20 +89,28 @@ template <class T> __device__ __forceinline__ float rounded(float value) {
     return load(&element);
 }
 
-// Eight consecutive elements by 128-bit accesses; p is a multiple of 16 bytes.
+// 128 bits at once; p is a multiple of 16 bytes.
+__device__ __forceinline__ void load128(const void *p, unsigned *words) {
+    const uint4 loaded = *(const uint4 *)p;
+    words[0] = loaded.x; words[1] = loaded.y; words[2] = loaded.z; words[3] = loaded.w;
+}
+__device__ __forceinline__ void store128(void *p, const unsigned *words) {
+    uint4 stored;
+    stored.x = words[0]; stored.y = words[1]; stored.z = words[2]; stored.w = words[3];
+    *(uint4 *)p = stored;
+}
+
+// Eight consecutive elements.
 __device__ __forceinline__ void load8(const float *p, float *values) {
+    unsigned words[8];
+    load128(p, words);
+    load128(p + 4, words + 4);
     #pragma unroll
-    for (int i = 0; i < 8; i += 4) {
-        const uint4 loaded = *(const uint4 *)(p + i);
-        values[i + 0] = __uint_as_float(loaded.x);
-        values[i + 1] = __uint_as_float(loaded.y);
-        values[i + 2] = __uint_as_float(loaded.z);
-        values[i + 3] = __uint_as_float(loaded.w);
-    }
+    for (int i = 0; i < 8; ++i) values[i] = __uint_as_float(words[i]);
 }
 template <class T> __device__ __forceinline__ void load8(const T *p, float *values) {
-    const uint4 loaded = *(const uint4 *)p;
-    const unsigned words[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
+    unsigned words[4];
+    load128(p, words);
     #pragma unroll
     for (int i = 0; i < 8; ++i) {
         T element;
@@ -111,15 +119,11 @@ template <class T> __device__ __forceinline__ void load8(const T *p, float *valu
     }
 }
 __device__ __forceinline__ void store8(float *p, const float *values) {
+    unsigned words[8];
     #pragma unroll
-    for (int i = 0; i < 8; i += 4) {
-        uint4 stored;
-        stored.x = __float_as_uint(values[i + 0]);
-        stored.y = __float_as_uint(values[i + 1]);
-        stored.z = __float_as_uint(values[i + 2]);
-        stored.w = __float_as_uint(values[i + 3]);
-        *(uint4 *)(p + i) = stored;
-    }
+    for (int i = 0; i < 8; ++i) words[i] = __float_as_uint(values[i]);
+    store128(p, words);
+    store128(p + 4, words + 4);
 }
 template <class T> __device__ __forceinline__ void store8(T *p, const float *values) {
     unsigned words[4];
@@ -130,9 +134,7 @@ template <class T> __device__ __forceinline__ void store8(T *p, const float *val
         store(&high, values[2 * i + 1]);
         words[i] = low.bits | (unsigned)high.bits << 16;
     }
-    uint4 stored;
-    stored.x = words[0]; stored.y = words[1]; stored.z = words[2]; stored.w = words[3];
-    *(uint4 *)p = stored;
+    store128(p, words);
 }
 
 // ---- 2. Weights ----------------------------------------------------------------------------------------------------
@@ -187,6 +189,12 @@ template <class T> __device__ __forceinline__ float scaleAt(const Matrix &w, int
 // find them in the L2 cache.
 enum { LINEAR_THREADS = 128, WARP_ROWS = 2 };
 
+__device__ __forceinline__ float warpSum(float sum) {
+    #pragma unroll
+    for (int distance = 16; distance; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+    return sum;
+}
+
 template <class T, int BITS, int TILE>
 __device__ __forceinline__ void linear(const Matrix &w, const T *x, T *y, int m) {
     enum { CHUNK = 128 / BITS };
@@ -205,10 +213,7 @@ __device__ __forceinline__ void linear(const Matrix &w, const T *x, T *y, int m)
     for (int column = lane * CHUNK; column < w.columns; column += 32 * CHUNK) {
         unsigned words[WARP_ROWS][4];
         #pragma unroll
-        for (int r = 0; r < WARP_ROWS; ++r) {
-            const uint4 loaded = *(const uint4 *)(packedRow<BITS>(w, rows[r]) + column / (8 / BITS));
-            words[r][0] = loaded.x; words[r][1] = loaded.y; words[r][2] = loaded.z; words[r][3] = loaded.w;
-        }
+        for (int r = 0; r < WARP_ROWS; ++r) load128(packedRow<BITS>(w, rows[r]) + column / (8 / BITS), words[r]);
         float parts[WARP_ROWS][TILE] = {};
         #pragma unroll
         for (int i = 0; i < CHUNK; i += 8) {
@@ -237,9 +242,7 @@ __device__ __forceinline__ void linear(const Matrix &w, const T *x, T *y, int m)
     for (int r = 0; r < WARP_ROWS; ++r)
         #pragma unroll
         for (int t = 0; t < TILE; ++t) {
-            float sum = sums[r][t];
-            #pragma unroll
-            for (int distance = 16; distance; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+            const float sum = warpSum(sums[r][t]);
             if (lane == 0 && firstRow + r < w.rows && firstX + t < m)
                 store(y + (long long)(firstX + t) * w.rows + firstRow + r, sum);
         }
@@ -341,8 +344,8 @@ KERNELS(half, 4) KERNELS(bfloat16, 4) KERNELS(float, 4)
 
 _ELEMENTS = {torch.float16: "half", torch.bfloat16: "bfloat16", torch.float32: "float"}
 _SCALE_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # enum ScaleType
-_LINEAR_THREADS, _LINEAR_ROWS = 128, 8  # a block: 4 warps, 2 output features each
-_ROW_THREADS = 256  # dequantize and quantize: a block for a row
+_LINEAR_THREADS, _LINEAR_ROWS = 128, 8  # a block: 4 warps, WARP_ROWS output features each
+_ROW_THREADS = 256  # dequantize and quantize: a block for a row, QUANTIZE_THREADS
 _LOAD_BITS = 128  # what a lane of the product loads at once
 _ONE_GROUP = 31  # column >> 31 == 0: one scale per row
 
