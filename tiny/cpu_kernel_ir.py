@@ -1,0 +1,610 @@
+"""The LLVM IR of the CPU kernels, as text; nothing here is compiled or run (see cpu_kernels.py).
+
+A kernel is one function `void kernel(ptr arguments)` that every thread runs. It walks the weight by tiles of a few
+rows and chunks of 128 columns; a group of columns with a scale of its own never crosses a chunk.
+
+    M rows of activations, K columns, N rows of the weight; INT4 packs the even column into the HIGH nibble.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+import types
+from typing import NamedTuple
+
+CHUNK = 128  # columns per step of every kernel: 64 bytes of INT4, and whole groups of 32, 64 or 128 columns
+TILE = 4  # rows of the weight that share one load of the activations
+PANEL = 16  # rows of activations in one vector of a matrix product
+BLOCK_ROWS = 64  # rows of the weight that a thread unpacks at a time for a matrix product
+PREFETCH_LEVEL = 3  # into the first-level cache; measured best
+
+F32X16, BF16X32, I32X16, I16X32 = "<16 x float>", "<32 x bfloat>", "<16 x i32>", "<32 x i16>"
+NIBBLES = [n if n < 8 else n - 16 for n in range(16)]
+INTRINSICS = f"""
+declare i64 @llvm.umin.i64(i64, i64)
+declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
+declare {F32X16} @llvm.fma.v16f32({F32X16}, {F32X16}, {F32X16})
+declare float @llvm.vector.reduce.fadd.v16f32(float, {F32X16})
+declare {F32X16} @llvm.x86.avx512.permvar.sf.512({F32X16}, {I32X16})
+declare {I16X32} @llvm.x86.avx512.permvar.hi.512({I16X32}, {I16X32})
+declare {F32X16} @llvm.x86.avx512bf16.dpbf16ps.512({F32X16}, {BF16X32}, {BF16X32})
+"""
+
+
+class Variant(NamedTuple):
+    """What one compiled kernel is for; the types are names of LLVM IR, or "" where there is none."""
+
+    kind: str  # "gemv", "gemm" or "dequantize"
+    isa: str  # "avx512_bf16", "avx512" or "avx2"
+    bits: int  # 4, 8 or 16
+    group: int  # columns per scale; 0 = one scale per row, or none
+    weight: str  # type of 16-bit weights
+    scale: str
+    x: str  # type of the activations; for "dequantize", of the result
+    rows: int = 0  # rows of activations of a gemv
+    tile: int = 0  # rows of the weight at a time in a gemv
+
+    @property
+    def dots_bf16(self) -> bool:
+        """Whether vdpbf16ps multiplies pairs of bfloat16, which integers and bfloat16 weights fit without rounding;
+        a gemv has INT8 in float32 sooner."""
+        fits = self.bits == 4 or self.weight == "bfloat" or (self.bits == 8 and self.kind == "gemm")
+        return self.isa == "avx512_bf16" and self.x == "bfloat" and fits
+
+    @property
+    def lane(self) -> str:
+        return "bfloat" if self.dots_bf16 else "float"
+
+    @property
+    def vector(self) -> str:
+        return BF16X32 if self.dots_bf16 else F32X16
+
+    @property
+    def chunk_bytes(self) -> int:
+        return CHUNK * self.bits // 8
+
+    @property
+    def chunk_groups(self) -> int:
+        return CHUNK // self.group if self.group else 0
+
+    @property
+    def chains(self) -> int:
+        """Independent sums per row of the weight and row of x in a gemv, as far as the registers reach."""
+        registers, vectors = (4 if self.isa == "avx2" else 8), (4 if self.dots_bf16 else 8)
+        return 1 if self.group else min(vectors, max(1, registers // (self.tile * self.rows)))
+
+    @property
+    def slab_columns(self) -> int:
+        """Columns of a gemv whose activations take 16 KiB, or 32 KiB of several rows, of the first-level cache."""
+        columns = 8192 if self.dots_bf16 else 4096
+        return columns if self.rows <= 2 else columns // 2
+
+    def with_tile(self, columns: int) -> Variant:
+        """Sets how many rows of the weight a gemv reads side by side. One is a single stream, which memory delivers
+        fastest; several share each load of the activations, and slabs end less often. As measured."""
+        if self.isa == "avx2":  # half as many registers, half as wide
+            return self._replace(tile={1: 2, 2: 2}.get(self.rows, 1))
+        if self.rows > 1 or (self.bits == 4 and not self.dots_bf16):
+            return self._replace(tile=TILE)
+        if columns <= self.slab_columns:
+            return self._replace(tile=1)
+        return self._replace(tile=TILE if self.bits == 4 else 2)
+
+    @property
+    def tiles_ahead(self) -> int:
+        """How far ahead a gemv asks for weights: 8 KiB or one tile."""
+        return max(1, 8192 // (self.tile * min(self.slab_columns, 4096) * self.bits // 8))
+
+    def gemv_scratch(self, columns: int) -> int:
+        """float32 words that each thread of a gemv needs: x and the sums."""
+        return self.rows * (columns + 16 * BLOCK_ROWS)
+
+    @property
+    def gemm_tiles(self) -> list[tuple[int, int]]:
+        """(panels of activations, rows of the weight) at a time in a gemm, the widest first."""
+        return [(1, 4)] if self.isa == "avx2" else [(2, 8), (1, 16)]
+
+    @property
+    def block_columns(self) -> int:
+        """Columns of the weight that a gemm unpacks at a time: 128 KiB with BLOCK_ROWS, in the second-level cache."""
+        return 1024 if self.dots_bf16 else 512
+
+    def gemm_scratch(self, panels: int) -> int:
+        """float32 words that each thread of a gemm needs: the sums and the unpacked block."""
+        return BLOCK_ROWS * (panels * PANEL + self.block_columns * (2 if self.dots_bf16 else 4) // 4)
+
+
+# ---------------------------------------------------------------------------------------------- writing LLVM IR
+
+
+class Emitter:
+    """Collects lines of IR. Calling it with an instruction appends it and returns the name of its value."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.block = "entry"
+        self._names = 0
+
+    def __call__(self, instruction: str) -> str:
+        name = f"%{self.fresh()}"
+        self.lines.append(f"  {name} = {instruction}")
+        return name
+
+    def fresh(self) -> str:
+        self._names += 1
+        return f"v{self._names}"
+
+    def do(self, *lines: str) -> None:
+        self.lines += lines
+
+    def op(self, name: str, a, b, kind: str = "i64") -> str:
+        return self(f"{name} {kind} {a}, {b}")
+
+    def at(self, kind: str, pointer: str, index) -> str:
+        return self(f"getelementptr {kind}, ptr {pointer}, i64 {index}")
+
+    def load(self, kind: str, pointer: str, align: int = 1) -> str:
+        return self(f"load {kind}, ptr {pointer}, align {align}")
+
+    def store(self, kind: str, value: str, pointer: str, align: int = 1) -> None:
+        self.do(f"  store {kind} {value}, ptr {pointer}, align {align}")
+
+    def call(self, kind: str, function: str, *arguments: str) -> str:
+        return self(f"call {kind} @llvm.{function}({', '.join(arguments)})")
+
+    def minimum(self, a: str, b: str) -> str:
+        return self.call("i64", "umin.i64", f"i64 {a}", f"i64 {b}")
+
+    def fma(self, a: str, b: str, c: str) -> str:
+        return self.call(F32X16, "fma.v16f32", f"{F32X16} {a}", f"{F32X16} {b}", f"{F32X16} {c}")
+
+    def shuffle(self, kind: str, a: str, lanes: list[int], b: str = "poison") -> str:
+        return self(f"shufflevector {kind} {a}, {kind} {b}, <{len(lanes)} x i32> {vector_of('i32', lanes)}")
+
+    def widen(self, kind: str, value: str, lanes: int = 16) -> str:
+        return value if kind == "float" else self(f"fpext <{lanes} x {kind}> {value} to <{lanes} x float>")
+
+    @contextlib.contextmanager
+    def loop(self, stop: str, step: int = 1, start: str = "0", carried=()):
+        """for index in range(start, stop, step). `carried` lists (type, initial value); in the body `values` are their
+        names, and after it `update` has to hold their new values. Such a loop runs at least once, and the new values
+        are valid after it as well."""
+        label, before = self.fresh(), self.block
+        some = "true" if carried else self(f"icmp ult i64 {start}, {stop}")
+        self.do(f"  br i1 {some}, label %{label}, label %{label}.end", f"{label}:")
+        head, self.block = len(self.lines), label
+        values = [f"%{label}.{number}" for number in range(len(carried))]
+        loop = types.SimpleNamespace(index=f"%{label}.index", values=values, update=[])
+        yield loop
+        following = self.op("add", loop.index, step)
+        again = self(f"icmp ult i64 {following}, {stop}")
+        self.do(f"  br i1 {again}, label %{label}, label %{label}.end", f"{label}.end:")
+        phis = [("i64", start, loop.index, following)]
+        phis += [(kind, first, name, new) for (kind, first), name, new in zip(carried, values, loop.update)]
+        self.lines[head:head] = [
+            f"  {name} = phi {kind} [{first}, %{before}], [{new}, %{self.block}]" for kind, first, name, new in phis
+        ]
+        self.block = f"{label}.end"
+
+    @contextlib.contextmanager
+    def tasks(self, args: Arguments):
+        """Takes ranges of rows from a counter that all threads share, so that a core which is busy elsewhere takes
+        fewer; yields the first row of a range and the one after its last."""
+        label = self.fresh()
+        self.do(f"  br label %{label}", f"{label}:")
+        first = self.op("mul", self(f"atomicrmw add ptr {args.next_task}, i64 1 monotonic"), args.task_rows)
+        more = self(f"icmp ult i64 {first}, {args.rows}")
+        self.do(f"  br i1 {more}, label %{label}.body, label %{label}.end", f"{label}.body:")
+        self.block = f"{label}.body"
+        last = self.minimum(self.op("add", first, args.task_rows), args.rows)
+        yield first, last
+        self.do(f"  br label %{label}", f"{label}.end:")
+        self.block = f"{label}.end"
+
+
+def vector_of(kind: str, values) -> str:
+    return "<" + ", ".join(f"{kind} {value}" for value in values) + ">"
+
+
+def narrow(emit: Emitter, kind: str, value: str) -> str:
+    """float32 lanes -> `kind`, ties to even. bfloat16 by integers: LLVM would call a C function without AVX-512."""
+    if kind == "float":
+        return value
+    if kind == "half":
+        return emit(f"fptrunc {F32X16} {value} to <16 x half>")
+    bits, constant = emit(f"bitcast {F32X16} {value} to {I32X16}"), lambda n: vector_of("i32", [n] * 16)
+    odd = emit.op("and", emit.op("lshr", bits, constant(16), I32X16), constant(1), I32X16)
+    rounded = emit.op("add", emit.op("add", bits, odd, I32X16), constant(0x7FFF), I32X16)
+    is_nan = emit(f"fcmp uno {F32X16} {value}, {value}")
+    rounded = emit(f"select <16 x i1> {is_nan}, {I32X16} {constant(0x7FC00000)}, {I32X16} {rounded}")
+    upper = emit(f"trunc {I32X16} {emit.op('lshr', rounded, constant(16), I32X16)} to <16 x i16>")
+    return emit(f"bitcast <16 x i16> {upper} to <16 x bfloat>")
+
+
+# ---------------------------------------------------------------------------------------------- widening weights
+
+
+def columns(variant: Variant) -> list[list[int]]:
+    """Which column of a chunk each lane of each vector of `widened` holds.
+
+    INT4 nibbles are taken from 16- or 32-bit lanes by shifts, which is cheaper than restoring their order: the
+    activations, of which there are few, are put into this order instead."""
+    if variant.bits == 4:
+        vectors = 4 if variant.dots_bf16 else 8
+        return [[vectors * lane + (v ^ 1) for lane in range(CHUNK // vectors)] for v in range(vectors)]
+    lanes = 32 if variant.dots_bf16 else 16
+    return [list(range(start, start + lanes)) for start in range(0, CHUNK, lanes)]
+
+
+def widened(emit: Emitter, variant: Variant, pointer: str) -> list[str]:
+    """The weights of the chunk at `pointer` as vectors of `variant.vector`."""
+    if variant.bits == 4:
+        return _widened_int4(emit, variant, pointer)
+    size = 64 if variant.dots_bf16 else variant.chunk_bytes // 8
+    parts = [emit.at("i8", pointer, offset) for offset in range(0, variant.chunk_bytes, size)]
+    if variant.bits == 8:
+        return [emit(f"sitofp <16 x i8> {emit.load('<16 x i8>', part)} to {F32X16}") for part in parts]
+    if variant.dots_bf16:
+        return [emit.load(BF16X32, part) for part in parts]
+    return [emit.widen(variant.weight, emit.load(f"<16 x {variant.weight}>", part)) for part in parts]
+
+
+def _widened_int4(emit: Emitter, variant: Variant, pointer: str) -> list[str]:
+    """By a look-up in a table of 16 values held in a register; the look-up ignores the bits above its index."""
+    if variant.dots_bf16:
+        table = vector_of("i16", [struct.unpack("<h", struct.pack("<f", n)[2:])[0] for n in NIBBLES * 2])
+        packed, found = emit.load(I16X32, pointer), []
+        for shift in range(0, 16, 4):
+            index = emit.op("lshr", packed, vector_of("i16", [shift] * 32), I16X32)
+            value = emit.call(I16X32, "x86.avx512.permvar.hi.512", f"{I16X32} {table}", f"{I16X32} {index}")
+            found.append(emit(f"bitcast {I16X32} {value} to {BF16X32}"))
+        return found
+    packed, constant = emit.load(I32X16, pointer), lambda n: vector_of("i32", [n] * 16)
+    if variant.isa == "avx2":
+        tops = [emit.op("shl", packed, constant(28 - shift), I32X16) for shift in range(0, 32, 4)]
+        return [emit(f"sitofp {I32X16} {emit.op('ashr', top, constant(28), I32X16)} to {F32X16}") for top in tops]
+    table = f"{F32X16} {vector_of('float', map(float, NIBBLES))}"
+    indices = [emit.op("lshr", packed, constant(shift), I32X16) for shift in range(0, 32, 4)]
+    return [emit.call(F32X16, "x86.avx512.permvar.sf.512", table, f"{I32X16} {index}") for index in indices]
+
+
+# ---------------------------------------------------------------------------------------------- the kernels
+
+
+class Arguments:
+    """The kernels' one argument: 64-bit words, the first two of which the threads count up."""
+
+    NAMES = (
+        "next_task",
+        "next_thread",
+        "weight",
+        "scale",
+        "x",
+        "y",
+        "scratch",
+        "rows",
+        "chunks",
+        "task_rows",
+        "panels",
+    )
+    POINTERS = ("weight", "scale", "x", "y", "scratch")
+
+    def __init__(self, emit: Emitter) -> None:
+        for number, name in enumerate(self.NAMES):
+            word = emit.at("i64", "%arguments", number)
+            if name not in ("next_task", "next_thread"):
+                word = emit.load("i64", word)
+            setattr(self, name, emit(f"inttoptr i64 {word} to ptr") if name in self.POINTERS else word)
+
+
+def kernel_ir(variant: Variant) -> str:
+    """The module of LLVM IR with the one function `kernel`, which every thread runs."""
+    emit = Emitter()
+    emit.do("define void @kernel(ptr %arguments) {", "entry:")
+    args = Arguments(emit)
+    {"gemv": gemv, "gemm": gemm, "dequantize": dequantize_rows}[variant.kind](emit, variant, args)
+    emit.do("  ret void", "}")
+    body = "\n".join(emit.lines)
+    used = [line for line in INTRINSICS.splitlines() if line and line.split("@")[1].split("(")[0] in body]
+    return "\n".join(used) + "\n" + body
+
+
+def gemv(emit: Emitter, variant: Variant, args: Arguments) -> None:
+    """y[M, N] = x[M, K] @ (scale * weight[N, K]).T for a few M.
+
+    Reads BLOCK_ROWS rows of the weight, by slabs of columns whose activations stay in the first-level cache. The own
+    memory of a thread holds x [M, K] and the sums [BLOCK_ROWS, M] of 16 lanes."""
+    x_columns = emit.op("mul", args.chunks, CHUNK)
+    x_values = emit.op("mul", x_columns, variant.rows)
+    thread = emit(f"atomicrmw add ptr {args.next_thread}, i64 1 monotonic")
+    own_floats = emit.op("add", x_values, BLOCK_ROWS * variant.rows * 16)
+    sums = emit.at("float", args.scratch, emit.op("mul", thread, own_floats))
+    own_x = emit.at(F32X16, sums, BLOCK_ROWS * variant.rows)
+    copy_x(emit, variant, args, own_x)
+    with emit.tasks(args) as (first, last), emit.loop(last, BLOCK_ROWS, first) as block:
+        stop = emit.minimum(emit.op("add", block.index, BLOCK_ROWS), last)
+        slab_chunks = variant.slab_columns // CHUNK
+        with emit.loop(args.chunks, slab_chunks) as slab:
+            slab_stop = emit.minimum(emit.op("add", slab.index, slab_chunks), args.chunks)
+            with emit.loop(stop, variant.tile, block.index) as row:
+                local = emit.op("mul", emit.op("sub", row.index, block.index), variant.rows)
+                tile_sums = emit.at(F32X16, sums, local)
+                add_tile(emit, variant, args, own_x, tile_sums, row.index, slab.index, slab_stop)
+        with emit.loop(stop, 1, block.index) as row:
+            local = emit.op("mul", emit.op("sub", row.index, block.index), variant.rows)
+            store_row(emit, variant, args, emit.at(F32X16, sums, local), row.index)
+
+
+def copy_x(emit: Emitter, variant: Variant, args: Arguments, own_x: str) -> None:
+    """Each thread copies x to its own memory, in the kernel's type and order of columns."""
+    order = [column for vector in columns(variant) for column in vector]
+    with emit.loop(emit.op("mul", args.chunks, variant.rows)) as chunk:
+        offset = emit.op("mul", chunk.index, CHUNK)
+        x = emit.load(f"<{CHUNK} x {variant.x}>", emit.at(variant.x, args.x, offset))
+        if variant.x != variant.lane:
+            x = emit.widen(variant.x, x, CHUNK)
+        x = emit.shuffle(f"<{CHUNK} x {variant.lane}>", x, order)
+        emit.store(f"<{CHUNK} x {variant.lane}>", x, emit.at(variant.lane, own_x, offset), 64)
+
+
+def add_tile(
+    emit, variant: Variant, args: Arguments, own_x: str, tile_sums: str, row: str, start: str, stop: str
+) -> None:
+    """Adds the chunks from `start` to `stop` of the rows of a tile to their sums, in several chains: a single chain of
+    additions would wait for its own results."""
+    chains = variant.chains
+    keys = [(t, m, c) for t in range(variant.tile) for m in range(variant.rows) for c in range(chains)]
+    row_bytes = emit.op("mul", args.chunks, variant.chunk_bytes)
+    first = emit.at("i8", args.weight, emit.op("mul", row, row_bytes))
+    rows = [emit.at("i8", first, emit.op("mul", row_bytes, t)) for t in range(variant.tile)]
+    ahead = emit.op("mul", row_bytes, variant.tile * variant.tiles_ahead)
+    x_columns = emit.op("mul", args.chunks, CHUNK)
+    with emit.loop(stop, 1, start, [(F32X16, "zeroinitializer")] * len(keys)) as chunk:
+        sums = dict(zip(keys, chunk.values))
+        here = [emit.at("i8", pointer, emit.op("mul", chunk.index, variant.chunk_bytes)) for pointer in rows]
+        for pointer in here:
+            prefetch(emit, emit.at("i8", pointer, ahead), variant.chunk_bytes)
+        weights = [widened(emit, variant, pointer) for pointer in here]
+        x_first = emit.at(variant.lane, own_x, emit.op("mul", chunk.index, CHUNK))
+        xs = [emit.at(variant.lane, x_first, emit.op("mul", x_columns, m)) for m in range(variant.rows)]
+        if variant.group:
+            scales = [chunk_scales(emit, variant, args, emit.op("add", row, t), chunk.index) for t in range(len(rows))]
+            add_grouped(emit, variant, sums, weights, xs, scales)
+        else:
+            for v in range(len(weights[0])):
+                add_products(emit, variant, sums, v, weights, xs, chain=v % chains)
+        chunk.update = [sums[key] for key in keys]
+    is_first = emit(f"icmp eq i64 {start}, 0")
+    for t, m, _ in keys[::chains]:
+        place = emit.at(F32X16, tile_sums, t * variant.rows + m)
+        total = emit(f"select i1 {is_first}, {F32X16} zeroinitializer, {F32X16} {emit.load(F32X16, place, 64)}")
+        for c in range(chains):
+            total = emit.op("fadd", total, sums[t, m, c], F32X16)
+        emit.store(F32X16, total, place, 64)
+
+
+def prefetch(emit: Emitter, pointer: str, size: int) -> None:
+    """Of weights that are needed soon: the CPU by itself looks ahead within a page of 4 KiB only."""
+    for offset in range(0, size, 64):
+        emit.do(
+            f"  call void @llvm.prefetch.p0(ptr {emit.at('i8', pointer, offset)}, i32 0, i32 {PREFETCH_LEVEL}, i32 1)"
+        )
+
+
+def add_products(emit: Emitter, variant: Variant, sums: dict, v: int, weights: list, xs: list, chain: int = 0) -> None:
+    """sums[t, m, chain] += weights[t][v] * xs[m][v]."""
+    kind, lanes = variant.vector, 32 if variant.dots_bf16 else 16
+    for m, x in enumerate(xs):
+        x_vector = emit.load(kind, emit.at(variant.lane, x, v * lanes), 64)
+        for t, row in enumerate(weights):
+            sums[t, m, chain] = multiply_add(emit, variant, row[v], x_vector, sums[t, m, chain])
+
+
+def multiply_add(emit: Emitter, variant: Variant, weight: str, x: str, total: str) -> str:
+    if not variant.dots_bf16:
+        return emit.fma(weight, x, total)
+    operands = (f"{F32X16} {total}", f"{BF16X32} {weight}", f"{BF16X32} {x}")
+    return emit.call(F32X16, "x86.avx512bf16.dpbf16ps.512", *operands)
+
+
+def chunk_scales(emit: Emitter, variant: Variant, args: Arguments, row: str, chunk: str) -> str:
+    """The scales of one row in one chunk, as float32 lanes."""
+    count = variant.chunk_groups
+    first = emit.op("mul", emit.op("add", emit.op("mul", row, args.chunks), chunk), count)
+    return emit.widen(
+        variant.scale, emit.load(f"<{count} x {variant.scale}>", emit.at(variant.scale, args.scale, first)), count
+    )
+
+
+def add_grouped(emit: Emitter, variant: Variant, sums: dict, weights: list, xs: list, scales: list) -> None:
+    """Vectors whose lanes lie in the same groups are summed first, then multiplied by the scales of their lanes."""
+    alike: dict[tuple, list[int]] = {}
+    for v, lanes in enumerate(columns(variant)):
+        alike.setdefault(tuple(column // variant.group for column in lanes[:: len(lanes) // 16]), []).append(v)
+    for groups, vectors in alike.items():
+        partial = dict.fromkeys(sums, "zeroinitializer")
+        for v in vectors:
+            add_products(emit, variant, partial, v, weights, xs)
+        for t, scale in enumerate(scales):
+            of_lanes = emit.shuffle(f"<{variant.chunk_groups} x float>", scale, list(groups))
+            for m in range(variant.rows):
+                sums[t, m, 0] = emit.fma(partial[t, m, 0], of_lanes, sums[t, m, 0])
+
+
+def store_row(emit: Emitter, variant: Variant, args: Arguments, row_sums: str, row: str) -> None:
+    """y[:, row] = the sums of one row of the weight, lanes added, times its scale."""
+    scale = row_scale(emit, variant, args, row) if variant.scale and not variant.group else None
+    for m in range(variant.rows):
+        lanes = emit.load(F32X16, emit.at(F32X16, row_sums, m), 64)
+        total = emit(f"call reassoc float @llvm.vector.reduce.fadd.v16f32(float -0.0, {F32X16} {lanes})")
+        if scale:
+            total = emit.op("fmul", total, scale, "float")
+        emit.store("float", total, emit.at("float", args.y, emit.op("add", row, emit.op("mul", args.rows, m))))
+
+
+def row_scale(emit: Emitter, variant: Variant, args: Arguments, index: str) -> str:
+    scale = emit.load(variant.scale, emit.at(variant.scale, args.scale, index))
+    return scale if variant.scale == "float" else emit(f"fpext {variant.scale} {scale} to float")
+
+
+def dequantize_rows(emit: Emitter, variant: Variant, args: Arguments) -> None:
+    """y[N, K] = scale * weight[N, K], the float32 product rounded once."""
+    with emit.tasks(args) as (first, last), emit.loop(last, 1, first) as rows, emit.loop(args.chunks) as chunk:
+        scale = "" if variant.group or not variant.scale else splat(emit, row_scale(emit, variant, args, rows.index))
+        values = in_order(emit, variant, args, rows.index, chunk.index, scale)
+        place = emit.op("mul", emit.op("add", emit.op("mul", rows.index, args.chunks), chunk.index), CHUNK)
+        for v, value in enumerate(values):
+            pointer = emit.at(variant.x, args.y, emit.op("add", place, v * 16))
+            emit.store(f"<16 x {variant.x}>", narrow(emit, variant.x, value), pointer)
+
+
+def in_order(emit: Emitter, variant: Variant, args: Arguments, row: str, chunk: str, scale: str = "") -> list[str]:
+    """A chunk as eight vectors of float32 in the order of its columns, times `scale` or the scales of its groups."""
+    number = emit.op("add", emit.op("mul", row, args.chunks), chunk)
+    pointer = emit.at("i8", args.weight, emit.op("mul", number, variant.chunk_bytes))
+    to_float32 = variant._replace(x="float")
+    values = in_order_int4(emit, pointer) if variant.bits == 4 else widened(emit, to_float32, pointer)
+    if variant.group:
+        scales = chunk_scales(emit, variant, args, row, chunk)
+        of_vector = [[v * 16 // variant.group] * 16 for v in range(8)]
+        scales = [emit.shuffle(f"<{variant.chunk_groups} x float>", scales, lanes) for lanes in of_vector]
+    else:
+        scales = [scale] * 8
+    return [emit.op("fmul", value, scale, F32X16) if scale else value for value, scale in zip(values, scales)]
+
+
+def in_order_int4(emit: Emitter, pointer: str) -> list[str]:
+    kind, four = "<64 x i8>", vector_of("i8", [4] * 64)
+    packed = emit.load(kind, pointer)
+    high = emit.op("ashr", packed, four, kind)
+    low = emit.op("ashr", emit.op("shl", packed, four, kind), four, kind)
+    values = []
+    for start in range(0, 64, 8):
+        lanes = [index for byte in range(start, start + 8) for index in (byte, 64 + byte)]
+        values.append(emit(f"sitofp <16 x i8> {emit.shuffle(kind, high, lanes, low)} to {F32X16}"))
+    return values
+
+
+def splat(emit: Emitter, scalar: str) -> str:
+    return emit.shuffle(F32X16, emit(f"insertelement {F32X16} poison, float {scalar}, i64 0"), [0] * 16)
+
+
+# ---------------------------------------------------------------------------------------------- matrix products
+
+
+def gemm(emit: Emitter, variant: Variant, args: Arguments) -> None:
+    """y[M, N] = x[M, K] @ (scale * weight[N, K]).T for many M.
+
+    x comes as panels of 16 rows, transposed so that a vector holds one column of all 16 (bfloat16: a pair of columns).
+    A thread unpacks a block of the weight once, then multiplies each of its values with whole panels; the sums of its
+    BLOCK_ROWS rows stay in its own memory until all columns are done."""
+    lane_bytes = 2 if variant.dots_bf16 else 4
+    sum_floats = emit.op("mul", args.panels, PANEL * BLOCK_ROWS)
+    own_floats = emit.op("add", sum_floats, BLOCK_ROWS * variant.block_columns * lane_bytes // 4)
+    thread = emit(f"atomicrmw add ptr {args.next_thread}, i64 1 monotonic")
+    sums = emit.at("float", args.scratch, emit.op("mul", thread, own_floats))
+    block = emit.at("float", sums, sum_floats)
+    last_block = emit.op("sub", args.rows, BLOCK_ROWS)
+    with emit.tasks(args) as (first, _):
+        first = emit.minimum(first, last_block)  # the last two blocks may overlap
+        with emit.loop(emit.op("mul", args.panels, BLOCK_ROWS)) as vector:
+            emit.store(F32X16, "zeroinitializer", emit.at(F32X16, sums, vector.index), 64)
+        block_chunks = variant.block_columns // CHUNK
+        with emit.loop(args.chunks, block_chunks) as start:
+            count = emit.minimum(emit.op("sub", args.chunks, start.index), str(block_chunks))
+            unpack_block(emit, variant, args, block, first, start.index, count)
+            tile_start = "0"
+            for panels, rows in variant.gemm_tiles:
+                stop = args.panels if panels == 1 else emit.op("and", args.panels, -panels)
+                with emit.loop(stop, panels, tile_start) as panel, emit.loop(str(BLOCK_ROWS), rows) as row:
+                    tile = GemmTile(panel.index, panels, row.index, rows)
+                    multiply_tile(emit, variant, args, tile, block, sums, start.index, count)
+                tile_start = stop
+        with emit.loop(str(BLOCK_ROWS), 8) as row, emit.loop(args.panels) as panel:
+            finish_tile(emit, variant, args, sums, first, row.index, panel.index)
+
+
+class GemmTile(NamedTuple):
+    panel: str
+    panels: int
+    row: str
+    rows: int
+
+
+def unpack_block(emit: Emitter, variant: Variant, args: Arguments, block: str, first: str, chunk: str, count: str):
+    """block[BLOCK_ROWS, block_columns] = the weight, times the scales of its groups; rounded only by these."""
+    lane = variant.lane
+    with emit.loop(str(BLOCK_ROWS)) as row, emit.loop(count) as local:
+        weight_row, weight_chunk = emit.op("add", first, row.index), emit.op("add", chunk, local.index)
+        number = emit.op("add", emit.op("mul", weight_row, args.chunks), weight_chunk)
+        next_block = emit.op("mul", emit.op("add", number, variant.block_columns // CHUNK), variant.chunk_bytes)
+        prefetch(emit, emit.at("i8", args.weight, next_block), variant.chunk_bytes)
+        place = emit.op("mul", row.index, variant.block_columns)
+        place = emit.op("add", place, emit.op("mul", local.index, CHUNK))
+        for v, value in enumerate(in_order(emit, variant, args, weight_row, weight_chunk)):
+            if lane == "bfloat":
+                value = emit(f"fptrunc {F32X16} {value} to <16 x bfloat>")
+            emit.store(f"<16 x {lane}>", value, emit.at(lane, block, emit.op("add", place, v * 16)), 32)
+
+
+def multiply_tile(
+    emit, variant: Variant, args: Arguments, tile: GemmTile, block: str, sums: str, chunk: str, count: str
+):
+    """sums[row, panel] += block[row] * panel, for the rows and panels of a tile and the columns of a block."""
+    per_chunk = CHUNK // 2 if variant.dots_bf16 else CHUNK  # steps: a column, or a pair, of one panel is 64 bytes
+    places, panels = [], []
+    for r in range(tile.rows):
+        line = emit.op("mul", emit.op("add", tile.row, r), args.panels)
+        for p in range(tile.panels):
+            index = emit.op("add", line, emit.op("add", tile.panel, p))
+            places.append(emit.at(F32X16, sums, index))
+    for p in range(tile.panels):
+        line = emit.op("mul", emit.op("add", tile.panel, p), args.chunks)
+        panels.append(emit.at(F32X16, args.x, emit.op("mul", emit.op("add", line, chunk), per_chunk)))
+    rows = emit.at(variant.lane, block, emit.op("mul", tile.row, variant.block_columns))
+    unroll = 4
+    carried = [(F32X16, emit.load(F32X16, place, 64)) for place in places]
+    with emit.loop(emit.op("mul", count, per_chunk), unroll, carried=carried) as step:
+        totals = list(step.values)
+        for u in range(unroll):
+            index = emit.op("add", step.index, u)
+            xs = [emit.load(variant.vector, emit.at(F32X16, panel, index), 64) for panel in panels]
+            for r in range(tile.rows):
+                offset = emit.op("add", index, r * variant.block_columns * per_chunk // CHUNK)
+                weight = broadcast(emit, variant, emit.at("float", rows, offset))
+                for p, x in enumerate(xs):
+                    number = r * tile.panels + p
+                    totals[number] = multiply_add(emit, variant, weight, x, totals[number])
+        step.update = totals
+    for place, total in zip(places, step.update):
+        emit.store(F32X16, total, place, 64)
+
+
+def broadcast(emit: Emitter, variant: Variant, pointer: str) -> str:
+    """One float32, or a pair of bfloat16, in all lanes."""
+    vector = splat(emit, emit.load("float", pointer, 4))
+    return emit(f"bitcast {F32X16} {vector} to {BF16X32}") if variant.dots_bf16 else vector
+
+
+def finish_tile(emit: Emitter, variant: Variant, args: Arguments, sums: str, first: str, row: str, panel: str) -> None:
+    """y[16 rows of a panel, 8 rows of the weight] = scale * sums, transposed."""
+    kind, rows = variant.x, []
+    for r in range(8):
+        local = emit.op("add", row, r)
+        index = emit.op("add", emit.op("mul", local, args.panels), panel)
+        value = emit.load(F32X16, emit.at(F32X16, sums, index), 64)
+        if variant.scale and not variant.group:
+            scale = row_scale(emit, variant, args, emit.op("add", first, local))
+            value = emit.op("fmul", value, splat(emit, scale), F32X16)
+        rows.append(narrow(emit, kind, value))
+    size = PANEL
+    while len(rows) > 1:  # interleave the first half with the second until one vector holds [16, 8]
+        half, lanes = len(rows) // 2, [lane for n in range(size) for lane in (n, size + n)]
+        rows = [emit.shuffle(f"<{size} x {kind}>", a, lanes, b) for a, b in zip(rows[:half], rows[half:])]
+        size *= 2
+    place = emit.op("add", emit.op("mul", emit.op("mul", panel, PANEL), args.rows), emit.op("add", first, row))
+    for m in range(PANEL):
+        of_row = emit.shuffle(f"<{size} x {kind}>", rows[0], list(range(8 * m, 8 * m + 8)))
+        index = emit.op("add", place, emit.op("mul", args.rows, m))
+        emit.store(f"<8 x {kind}>", of_row, emit.at(kind, args.y, index))

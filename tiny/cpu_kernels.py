@@ -1,0 +1,330 @@
+"""Products with INT4, INT8 and 16-bit weights on x86 CPUs, by kernels compiled for the very machine at first use.
+
+At one new token a model is as fast as its weights can be read, so the kernels read the official storage format as it
+lies in memory, widen a weight in registers and sum in float32; activations keep their precision. llvmlite compiles
+them, and they run on the OpenMP threads that torch already has. Without llvmlite torch's own INT8 kernel serves; where
+neither can, the public functions return None and the caller computes in plain PyTorch. Nothing happens at import.
+
+After os.fork() a child may use one thread only (`torch.set_num_threads(1)`), as with torch's own parallel operations.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .cpu_kernel_ir import BLOCK_ROWS, CHUNK, PANEL, TILE, Variant, kernel_ir
+
+GEMV_ROWS = 4  # rows of activations in one pass over the weight: more sums than that do not fit the registers
+FEW_ROWS = 8  # up to so many rows, passes of a gemv beat the matrix product; see benchmarks/cpu_kernels.py
+TORCH_INT8_ROWS = 16  # up to so many rows, torch's INT8 kernel beats unpacking in plain PyTorch
+BF16_ROWS = (
+    64  # from here on torch's own product of bfloat16 matrices is faster, where the CPU has instructions for it
+)
+SLAB_ROWS = 256  # rows of activations in one matrix product, so that they stay in the last-level cache
+IR_TYPES = {torch.float32: "float", torch.bfloat16: "bfloat", torch.float16: "half"}
+
+_lock = threading.RLock()
+_compiled: dict[Variant, tuple | None] = {}  # (address, engine that owns the code), or None for a kernel that failed
+_machine: dict[str, object] = {}  # what was found out about this machine
+
+
+def linear(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int) -> Tensor | None:
+    """x @ (scale * weight).T without the weight in full precision, or None where this machine or shape is not served.
+
+    x: [M, K] float32, bfloat16 or float16; the result is [M, N] of the same type.
+    weight: bits 8: int8 [N, K]; 4: int8 [N, K/2], even column in the high nibble; 16: float16 or bfloat16 [N, K].
+    scale: [N], or [N, K/group] with groups of 32, 64 or 128 columns, of any of the three types; None for 16 bits.
+    Not differentiable. Served: contiguous CPU tensors with N % 4 == 0 and K % 128 == 0.
+
+    >>> weight = torch.tensor([[1, -128], [2, 3], [0, 0], [127, 5]], dtype=torch.int8).repeat(1, 64)
+    >>> y = linear(torch.ones(1, 128), weight, torch.full((4,), 0.5), 8)
+    >>> y is None or y.tolist()
+    [[-4064.0, 160.0, 0.0, 4224.0]]
+    """
+    if not _is_served(x, weight, scale, bits):
+        return None
+    rows = x.shape[0]
+    if rows <= FEW_ROWS or weight.shape[0] < BLOCK_ROWS:
+        y = _gemv(x, weight, scale, bits)
+    else:
+        y = _gemm(x, weight, scale, bits)
+    if y is None and rows <= TORCH_INT8_ROWS:
+        return _torch_linear(x, weight, scale, bits)
+    return y
+
+
+def dequantize(weight: Tensor, scale: Tensor | None, bits: int, dtype: torch.dtype) -> Tensor | None:
+    """scale * weight [N, K] as `dtype` in one pass, the float32 product rounded once; None where not served."""
+    if dtype not in IR_TYPES or not _is_served(None, weight, scale, bits):
+        return None
+    y = torch.empty(weight.shape[0], _columns(weight, bits), dtype=dtype)
+    return _dequantize_into(y, weight, scale, bits)
+
+
+def _columns(weight: Tensor, bits: int) -> int:
+    return weight.shape[1] * 2 if bits == 4 else weight.shape[1]
+
+
+def _group(weight: Tensor, scale: Tensor | None, bits: int) -> int:
+    return 0 if scale is None or scale.dim() == 1 else _columns(weight, bits) // scale.shape[1]
+
+
+def _is_served(x: Tensor | None, weight: Tensor, scale: Tensor | None, bits: int) -> bool:
+    stored_as = {4: (torch.int8,), 8: (torch.int8,), 16: (torch.float16, torch.bfloat16)}
+    if weight.dim() != 2 or weight.dtype not in stored_as.get(bits, ()):
+        return False
+    rows, columns = weight.shape[0], _columns(weight, bits)
+    if rows % TILE or columns % CHUNK or rows == 0 or columns == 0:
+        return False
+    if x is not None and (x.dim() != 2 or x.shape[1] != columns or x.shape[0] == 0):
+        return False
+    if (scale is None) != (bits == 16):
+        return False
+    if scale is not None and not _fits(scale, rows, columns):
+        return False
+    tensors = [tensor for tensor in (x, weight, scale) if tensor is not None]
+    plain = all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)  # no fake or wrapped tensors
+    return plain and all(t.device.type == "cpu" and t.is_contiguous() for t in tensors) and _types_are_known(x, scale)
+
+
+def _fits(scale: Tensor, rows: int, columns: int) -> bool:
+    if scale.dim() == 1:
+        return scale.shape[0] == rows
+    return scale.dim() == 2 and scale.shape[0] == rows and scale.shape[1] in (columns // g for g in (32, 64, 128))
+
+
+def _types_are_known(*tensors: Tensor | None) -> bool:
+    return all(tensor is None or tensor.dtype in IR_TYPES for tensor in tensors)
+
+
+# ---------------------------------------------------------------------------------------------- the routes
+
+
+def _gemv(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int) -> Tensor | None:
+    """Passes over the packed weight, GEMV_ROWS rows of x each."""
+    y = torch.empty(x.shape[0], weight.shape[0])
+    for start in range(0, x.shape[0], GEMV_ROWS):
+        part = x[start : start + GEMV_ROWS]
+        variant = _variant("gemv", weight, scale, bits, x.dtype, part.shape[0]).with_tile(x.shape[1])
+        address = _kernel(variant)
+        if address is None:
+            return None
+        _launch(address, weight, scale, part, y[start:], bits, variant.gemv_scratch(x.shape[1]))
+    return y.to(x.dtype)
+
+
+def _gemm(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int) -> Tensor | None:
+    """Unpacks the weight block by block in each thread's cache and multiplies it with all rows of x."""
+    variant = _variant("gemm", weight, scale, bits, x.dtype)
+    if bits == 16 and variant.dots_bf16 and x.shape[0] > BF16_ROWS:
+        return None
+    address = _kernel(variant)
+    if address is None:
+        return None
+    y = torch.empty(-(-x.shape[0] // PANEL) * PANEL, weight.shape[0], dtype=x.dtype)
+    for start in range(0, x.shape[0], SLAB_ROWS):
+        panels = _panels(x[start : start + SLAB_ROWS], variant.dots_bf16)
+        scratch = variant.gemm_scratch(len(panels))
+        _launch(address, weight, scale, panels, y[start:], bits, scratch, len(panels), task_rows=BLOCK_ROWS)
+    return y[: x.shape[0]]
+
+
+def _panels(x: Tensor, pairs: bool) -> Tensor:
+    """x [M, K] -> [ceil(M / 16), K, 16] float32, or with `pairs` [.., K / 2, 16] of two bfloat16 each; zeros below."""
+    words = x.view(torch.int32) if pairs else x.float()
+    panels = words.new_empty(-(-len(x) // PANEL), words.shape[1], PANEL)
+    for number, panel in enumerate(panels):
+        rows = words[number * PANEL : (number + 1) * PANEL]
+        if len(rows) < PANEL:
+            panel.zero_()
+        panel[:, : len(rows)].copy_(rows.t())
+    return panels
+
+
+def _torch_linear(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int) -> Tensor | None:
+    """torch's INT8 product, which is fast for bfloat16 activations only; the scale is applied afterwards, unrounded.
+
+    torch's INT4 product is left aside: it wants a packed copy of every weight, which would double the memory."""
+    product = getattr(torch, "_weight_int8pack_mm", None)
+    if product is None or bits == 16 or scale.dim() != 1:
+        return None
+    inputs, ones = x.bfloat16(), torch.ones(weight.shape[0], dtype=torch.bfloat16)
+    if bits == 8:
+        y = product(inputs, weight, ones).float()
+    else:  # each nibble at the top of its byte is sixteen times its value
+        even, odd = inputs[:, ::2].contiguous(), inputs[:, 1::2].contiguous()
+        y = (product(even, weight & -16, ones).float() + product(odd, weight << 4, ones).float()) / 16
+    return (y * scale.float()).to(x.dtype)
+
+
+def _dequantize_into(y: Tensor, weight: Tensor, scale: Tensor | None, bits: int) -> Tensor | None:
+    address = _kernel(_variant("dequantize", weight, scale, bits, y.dtype))
+    return None if address is None else _launch(address, weight, scale, None, y, bits)
+
+
+# ---------------------------------------------------------------------------------------------- compiling, launching
+
+
+def instruction_set() -> str:
+    """avx512_bf16, avx512 or avx2; "" where there is no llvmlite or the CPU has no fused multiply-add."""
+    if "isa" not in _machine:
+        _machine["isa"] = _find_instruction_set()
+    return _machine["isa"]
+
+
+def _find_instruction_set() -> str:
+    try:
+        import llvmlite.binding as llvm
+    except ImportError:
+        return ""
+    if not hasattr(llvm, "create_pass_builder"):  # llvmlite 0.44
+        return ""
+    has = llvm.get_host_cpu_features().get
+    if not (has("avx2") and has("fma") and has("f16c")):
+        return ""
+    if not (has("avx512f") and has("avx512bw") and has("avx512vl") and has("avx512dq")):
+        return "avx2"
+    return "avx512_bf16" if has("avx512bf16") else "avx512"
+
+
+def _variant(kind: str, weight: Tensor, scale: Tensor | None, bits: int, x: torch.dtype, rows: int = 0) -> Variant:
+    weight_type = IR_TYPES[weight.dtype] if bits == 16 else ""
+    scale_type = "" if scale is None else IR_TYPES[scale.dtype]
+    return Variant(
+        kind, instruction_set(), bits, _group(weight, scale, bits), weight_type, scale_type, IR_TYPES[x], rows
+    )
+
+
+def _kernel(variant: Variant) -> int | None:
+    """The address of the compiled and checked kernel; None without llvmlite, or with a warning where it is wrong."""
+    if variant not in _compiled:
+        with _lock:
+            if variant not in _compiled:
+                _compiled[variant] = _compile_and_check(variant) if variant.isa else None
+    kernel = _compiled[variant]
+    return None if kernel is None else kernel[0]
+
+
+def _compile_and_check(variant: Variant) -> tuple | None:
+    try:
+        kernel = _compile(variant)
+        _check(variant, kernel[0])
+    except (RuntimeError, OSError) as error:
+        warnings.warn(f"the CPU kernel {variant} is not used, plain PyTorch instead: {error}", stacklevel=2)
+        return None
+    return kernel
+
+
+def _compile(variant: Variant) -> tuple:
+    """(address, engine), in 20-90 ms; the code lives as long as the engine."""
+    try:
+        import llvmlite.binding as llvm
+    except ImportError as error:
+        raise RuntimeError("llvmlite is gone; `pip install llvmlite`") from error
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    features = llvm.get_host_cpu_features().flatten()
+    features += {"avx2": ",-avx512f,-avx512bf16", "avx512": ",-avx512bf16"}.get(variant.isa, "")
+    target = llvm.Target.from_default_triple()
+    machine = target.create_target_machine(cpu=llvm.get_host_cpu_name(), features=features, opt=3, jit=True)
+    module = llvm.parse_assembly(kernel_ir(variant))
+    options = llvm.create_pipeline_tuning_options(2)
+    options.loop_unrolling = False  # the kernels are unrolled as far as the registers allow
+    builder = llvm.create_pass_builder(machine, options)
+    builder.getModulePassManager().run(module, builder)
+    engine = llvm.create_mcjit_compiler(module, machine)
+    engine.finalize_object()
+    return engine.get_function_address("kernel"), engine
+
+
+def _check(variant: Variant, address: int) -> None:
+    """Compares a kernel with plain torch in float64 on a small problem; raises RuntimeError where they differ."""
+    rows, columns = BLOCK_ROWS + TILE, variant.block_columns + CHUNK  # not whole blocks
+    weight, scale, exact = _example(variant, rows, columns)
+    if variant.kind == "dequantize":
+        y = torch.empty(rows, columns, dtype=_dtype(variant.x))
+        _launch(address, weight, scale, None, y, variant.bits)
+        wrong = y != exact.float().to(y.dtype)
+    else:
+        x = _noise(variant.rows or 2 * PANEL + 1, columns).to(_dtype(variant.x))
+        if variant.kind == "gemv":
+            y = torch.empty(len(x), rows)
+            _launch(address, weight, scale, x, y, variant.bits, variant.gemv_scratch(columns))
+        else:
+            y = torch.empty(3 * PANEL, rows, dtype=x.dtype)
+            panels = _panels(x, variant.dots_bf16)
+            _launch(address, weight, scale, panels, y, variant.bits, variant.gemm_scratch(3), 3, BLOCK_ROWS)
+        rounded_weight = 2.0**-9 if variant.kind == "gemm" and variant.dots_bf16 and variant.group else 0.0
+        magnitude, exact = x.double().abs() @ exact.abs().T, x.double() @ exact.T
+        bound = (1e-5 + rounded_weight) * magnitude + torch.finfo(y.dtype).eps * exact.abs()
+        wrong = ~((y[: len(x)] - exact).abs() <= bound)
+    if wrong.any():
+        raise RuntimeError(f"{int(wrong.sum())} of {wrong.numel()} results differ from plain PyTorch")
+
+
+def _example(variant: Variant, rows: int, columns: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    """A weight [rows, columns] with every bit pattern of its type, its scale, and both multiplied in float64."""
+    if variant.bits == 16:
+        weight = _noise(rows, columns).to(_dtype(variant.weight))
+        return weight, None, weight.double()
+    bytes_per_row = columns * variant.bits // 8
+    weight = torch.arange(rows * bytes_per_row).mul(167).to(torch.int8).view(rows, bytes_per_row)
+    values = weight if variant.bits == 8 else torch.stack((weight >> 4, (weight << 4) >> 4), -1).flatten(1)
+    groups = columns // variant.group if variant.group else 1
+    scale = torch.linspace(0.5, 1.5, rows * groups).view(rows, groups).to(_dtype(variant.scale))
+    exact = values.double() * scale.double().repeat_interleave(columns // groups, 1)
+    return weight, scale if variant.group else scale.flatten(), exact
+
+
+def _noise(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))  # the caller's generator stays untouched
+
+
+def _dtype(ir_type: str) -> torch.dtype:
+    return next(dtype for dtype, name in IR_TYPES.items() if name == ir_type)
+
+
+def _openmp():
+    """GOMP_parallel of the OpenMP library torch itself is linked with, so that no second pool fights for the cores;
+    None where it has no such function (other systems than Linux): one thread then."""
+    if "openmp" not in _machine:
+        library = next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.so"), None)
+        parallel = None if library is None else getattr(ctypes.CDLL(str(library)), "GOMP_parallel", None)
+        if parallel is not None:
+            parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+            parallel.restype = None
+        _machine["openmp"] = parallel
+    return _machine["openmp"]
+
+
+def _launch(
+    address: int,
+    weight: Tensor,
+    scale: Tensor | None,
+    x: Tensor | None,
+    y: Tensor,
+    bits: int,
+    scratch: int = 0,
+    panels: int = 0,
+    task_rows: int = 0,
+) -> Tensor:
+    """Runs a kernel on torch's threads, each with `scratch` float32 of its own; see Arguments in cpu_kernel_ir.py."""
+    rows, chunks = weight.shape[0], _columns(weight, bits) // CHUNK
+    parallel = _openmp()
+    threads = torch.get_num_threads() if parallel else 1
+    memory = torch.empty(threads * scratch + 16)  # 16 more for the alignment to 64 bytes
+    pointers = [0 if tensor is None else tensor.data_ptr() for tensor in (weight, scale, x, y)]
+    task_rows = task_rows or min(256, max(4 * TILE, rows // (8 * threads) // TILE * TILE))
+    words = (0, 0, *pointers, memory.data_ptr() + 63 & ~63, rows, chunks, task_rows, panels)
+    arguments = (ctypes.c_int64 * len(words))(*words)
+    if threads == 1:
+        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)(ctypes.addressof(arguments))
+    else:
+        parallel(address, ctypes.addressof(arguments), threads, 0)
+    return y

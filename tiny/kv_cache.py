@@ -1,0 +1,175 @@
+"""The key/value cache: one behaviour on every transformers version, and no copy of the past at each token.
+
+transformers' DynamicCache concatenates, which copies the whole past for every new token. Here the keys and values of a
+layer are views of a buffer with room for more, so that a new token is written in place; everything else (crop, beam
+reordering, batching) stays the base class's, because it only ever sees the views. Versions below 4.36 have no cache
+classes: a minimal stand-in serves there.
+"""
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+try:  # 4.36
+    from transformers.cache_utils import DynamicCache
+except ImportError:
+
+    class DynamicCache:
+        def __init__(self):
+            self.key_cache: list[Tensor] = []
+            self.value_cache: list[Tensor] = []
+
+        def get_seq_length(self, layer_idx: int = 0) -> int:
+            return self.key_cache[layer_idx].shape[-2] if len(self.key_cache) > layer_idx else 0
+
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            for states in (self.key_cache, self.value_cache):
+                states[:] = [state.index_select(0, beam_idx.to(state.device)) for state in states]
+
+
+try:  # 4.54
+    from transformers.cache_utils import DynamicLayer
+except ImportError:
+    DynamicLayer = None
+
+CHUNK = 256  # tokens of room that a full buffer grows by: 112 MiB for the 6B model in 16 bit
+
+
+class GrowingStates:
+    """The keys, or the values, of one layer: a view [B, H, used, D] of a buffer [B, H, used + room, D]."""
+
+    def __init__(self):
+        self.buffer: Optional[Tensor] = None
+
+    def append(self, past: Optional[Tensor], new: Tensor) -> Tensor:
+        """past [B, H, n, D] or None, new [B, H, s, D] -> [B, H, n + s, D]; `past` is what the last call returned, or
+        any other tensor (cropped, reordered, loaded), which is then copied into a new buffer once."""
+        used = 0 if past is None else past.shape[-2]
+        if torch.is_grad_enabled() and (new.requires_grad or (used and past.requires_grad)):
+            return new if not used else torch.cat((past, new), dim=-2)  # autograd keeps the past: don't write into it
+        total = used + new.shape[-2]
+        if not (used and self._holds(past)) or total > self.buffer.shape[-2]:
+            batch, heads, _, size = new.shape
+            self.buffer = new.new_empty(batch, heads, total + CHUNK - total % CHUNK, size)
+            if used:
+                self.buffer[:, :, :used] = past
+        self.buffer[:, :, used:total] = new
+        return self.buffer[:, :, :total]
+
+    def _holds(self, past: Tensor) -> bool:
+        buffer = self.buffer
+        if buffer is None or past.dtype != buffer.dtype or past.device != buffer.device:
+            return False
+        return (
+            past.data_ptr() == buffer.data_ptr()
+            and past.shape[:2] == buffer.shape[:2]
+            and past.stride() == buffer.stride()
+        )
+
+
+if DynamicLayer is None:
+
+    class GrowingCache(DynamicCache):
+        """A DynamicCache that appends in place (transformers below 4.54)."""
+
+        def __init__(self):
+            super().__init__()
+            self._states: list[tuple[GrowingStates, GrowingStates]] = []
+
+        def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs=None):
+            if layer_idx == 0 and hasattr(self, "_seen_tokens"):  # 4.36-4.53: kept by the base class's own update
+                self._seen_tokens += key_states.shape[-2]
+            if layer_idx == len(self.key_cache):
+                self._states.append((GrowingStates(), GrowingStates()))
+                self.key_cache.append(None)
+                self.value_cache.append(None)
+            keys, values = self._states[layer_idx]
+            self.key_cache[layer_idx] = keys.append(self.key_cache[layer_idx], key_states)
+            self.value_cache[layer_idx] = values.append(self.value_cache[layer_idx], value_states)
+            return self.key_cache[layer_idx], self.value_cache[layer_idx]
+else:
+
+    class GrowingLayer(DynamicLayer):
+        """A cache layer that appends in place (transformers 4.54 and later)."""
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self._key_states, self._value_states = GrowingStates(), GrowingStates()
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+            past = (self.keys, self.values) if self.get_seq_length() else (None, None)
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+            self.keys = self._key_states.append(past[0], key_states)
+            self.values = self._value_states.append(past[1], value_states)
+            return self.keys, self.values
+
+    class GrowingCache(DynamicCache):
+        """A DynamicCache whose layers append in place."""
+
+        def __init__(self):
+            super().__init__()
+            grow_in_place(self)
+
+
+def grow_in_place(cache: DynamicCache) -> None:
+    """Gives an empty DynamicCache, such as `generate` makes, layers that append in place."""
+    cache.layer_class_to_replicate = GrowingLayer
+    cache.layers[:] = [GrowingLayer() for _ in cache.layers]
+
+
+def as_cache(past):
+    """None, a tuple of (keys, values) [B, H, n, D] per layer, or any transformers Cache -> a cache with `update`."""
+    if past is None:
+        return GrowingCache()
+    if isinstance(past, (tuple, list)):
+        cache = GrowingCache()
+        for layer_idx, (keys, values) in enumerate(past):
+            cache.update(keys, values, layer_idx)
+        return cache
+    if type(past) is DynamicCache and not isinstance(past, GrowingCache) and cached_length(past) == 0:
+        if DynamicLayer is None:
+            return GrowingCache()
+        if all(type(layer) is DynamicLayer for layer in past.layers) and not getattr(past, "offloading", False):
+            grow_in_place(past)
+    return past
+
+
+def cached_length(cache):
+    """Tokens in the cache: an int, but under torch.compile a tensor where a static cache counts them in one."""
+    length = 0 if cache is None else cache.get_seq_length()
+    return length if isinstance(length, int) or is_tracing() else int(length)
+
+
+def fixed_length(cache) -> Optional[int]:
+    """Slots of a static cache, which hands out all of them at each update; None for caches that grow."""
+    if cache is None or isinstance(cache, DynamicCache):
+        return None
+    length = getattr(cache, "max_cache_len", None)
+    if length is None and getattr(cache, "layers", None):
+        length = getattr(cache.layers[0], "max_cache_len", None)
+    return length
+
+
+def is_tracing() -> bool:
+    """Under torch.compile, export or tracing a look at the data would break the graph."""
+    compiler = getattr(torch, "compiler", None)
+    return torch.jit.is_tracing() or bool(compiler and getattr(compiler, "is_compiling", bool)())
+
+
+class Past:
+    """What the blocks put before their new keys and values: a cache, or without one a P-tuning prefix, or nothing."""
+
+    def __init__(self, cache, prefix: Optional[list[tuple[Tensor, Tensor]]], new_tokens: int, device: torch.device):
+        self.cache, self.prefix, self.arguments = cache, prefix, ()
+        if fixed_length(cache) is not None:  # before transformers 5 static caches are told which slots to write to
+            self.arguments = ({"cache_position": torch.arange(new_tokens, device=device) + cached_length(cache)},)
+
+    def extend(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """New keys and values [B, H, S, D] -> those of all tokens, [B, H, K, D]."""
+        if self.cache is not None:
+            return self.cache.update(key, value, layer_idx, *self.arguments)
+        if self.prefix is None:
+            return key, value
+        before, after = self.prefix[layer_idx], (key, value)
+        return tuple(torch.cat((old.to(new), new), dim=2) for old, new in zip(before, after))

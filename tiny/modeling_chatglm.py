@@ -1,0 +1,983 @@
+"""ChatGLM-6B: the GLM network, its generation hooks, and chat.
+
+What is unusual, all of it from "GLM: General Language Model Pretraining with Autoregressive Blank Infilling"
+(https://arxiv.org/abs/2103.10360) and the released checkpoint:
+
+* Prefix mask: the context (everything before `<sop>`) is read in both directions, the answer causally.
+* 2-D positions: in the context a token has its index and block position 0; in the answer all tokens have the index of
+  the [MASK] or [gMASK] that they fill and block positions 1, 2, 3, ... Half of each head is rotated by either.
+* The residual branch carries the *normalised* input of each sub-layer, times `config.residual_scale`.
+
+Shapes: B batch, S new tokens, K all keys (prefix and cached tokens too), H heads, D head size, P prefix length,
+R position rows (2 or 1), V vocabulary.
+"""
+
+import functools
+import inspect
+import os
+import queue
+import re
+import threading
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Optional, Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import checkpoint
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
+
+# All files of the package: transformers before 5 copies only those that this one imports itself.
+from .configuration_chatglm import ChatGLMConfig
+from .cpu_kernel_ir import kernel_ir  # noqa: F401
+from .cpu_kernels import linear as cpu_linear  # noqa: F401
+from .cuda_kernels import linear as cuda_linear  # noqa: F401
+from .kv_cache import Past, as_cache, cached_length, fixed_length, is_tracing
+from .quantization import (
+    Linear,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    head_group_size,
+    quantize_model,
+    tied_head_keys,
+)
+
+try:  # 4.25
+    from transformers import GenerationMixin
+except ImportError:
+    from transformers.generation_utils import GenerationMixin
+
+logger = logging.get_logger(__name__)
+
+GET_WEIGHTS = (
+    "this folder holds the code of ChatGLM-6B-Slim without weights: make a complete folder with "
+    "`python slim.py THUDM/chatglm-6b OUTPUT`, or give from_pretrained a Hub repository that has them"
+)
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where things are in a GLM sequence: context, answer, padding. Every position and mask comes from here.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Geometry(NamedTuple):
+    """Indices in a left-padded batch, [B, 1] each."""
+
+    context_length: Tensor  # index of the first <sop>: the context is before it, the answer starts with it
+    mask_position: Tensor  # index of the first [gMASK], or without one of the first [MASK]: what the answer fills
+    fills_blank: Tensor  # whether that is a [MASK]
+    padding: Tensor  # tokens of padding on the left
+    is_padded: bool  # whether any row has hidden tokens
+
+
+def first_index(found: Tensor, otherwise: int) -> Tensor:
+    """[B, S] bool -> [B, 1]: index of the first True of each row, `otherwise` in rows without."""
+    index = torch.arange(found.shape[1], device=found.device)
+    return torch.where(found, index, otherwise).amin(dim=1, keepdim=True)
+
+
+def find_geometry(kinds: "TokenKinds", attention_mask: Optional[Tensor]) -> Geometry:
+    """Reads the geometry off a whole sequence; `attention_mask` [B, S], 0 = padding; else leading pads are.
+
+    Raises:
+        ValueError: a row without <sop>, or without [MASK] and [gMASK].
+    """
+    length = kinds.sop.shape[1]
+    context_length = first_index(kinds.sop, length)
+    gmask_position, blank_position = first_index(kinds.gmask, length), first_index(kinds.mask, length)
+    fills_blank = gmask_position == length
+    mask_position = torch.where(fills_blank, blank_position, gmask_position)
+    visible = ~kinds.pad if attention_mask is None else attention_mask[:, :length].bool()
+    padding = first_index(visible, length)
+    is_padded = True
+    if not is_tracing():
+        refuse_rows((context_length == length).squeeze(1), "<sop>", length)
+        refuse_rows((mask_position == length).squeeze(1), "[gMASK] or [MASK]", length)
+        is_padded = bool(padding.any()) if attention_mask is None else not bool(attention_mask.all())
+    return Geometry(context_length, mask_position, fills_blank, padding, is_padded)
+
+
+def refuse_rows(missing: Tensor, what: str, length: int) -> None:
+    if missing.any():
+        row = int(missing.int().argmax())
+        raise ValueError(
+            f"row {row} of the input has no {what} among its {length} tokens: a GLM prompt ends with [gMASK] <sop>, "
+            "which the tokenizer adds; keep add_special_tokens=True"
+        )
+
+
+class TokenKinds(NamedTuple):
+    """Where the tokens that shape the sequence are, [B, S] bool each."""
+
+    sop: Tensor
+    gmask: Tensor
+    mask: Tensor
+    pad: Tensor
+
+    @classmethod
+    def of_ids(cls, input_ids: Tensor, config: ChatGLMConfig) -> "TokenKinds":
+        ids = (config.bos_token_id, config.gmask_token_id, config.mask_token_id, config.pad_token_id)
+        return cls(*(input_ids == (-1 if token is None else token) for token in ids))
+
+    @classmethod
+    def of_embeddings(cls, inputs_embeds: Tensor, embedding: nn.Module, config: ChatGLMConfig) -> "TokenKinds":
+        """Recognises the special tokens by their embeddings, so that `inputs_embeds` alone is enough."""
+        ids = (config.bos_token_id, config.gmask_token_id, config.mask_token_id, config.pad_token_id)
+        tokens = torch.tensor([token or 0 for token in ids], device=inputs_embeds.device)
+        rows = embedding(tokens).to(inputs_embeds.dtype)
+        return cls(*((inputs_embeds == row).all(dim=-1) for row in rows))
+
+
+def position_ids_between(geometry: Geometry, start, new_tokens: int, two_dimensional: bool) -> Tensor:
+    """Positions of the tokens start ... start + new_tokens - 1 of each row (counted with padding): [B, R, S]."""
+    index = torch.arange(new_tokens, device=geometry.padding.device) + start
+    in_answer = index >= geometry.context_length
+    from_text = (index - geometry.padding).clamp(min=0)
+    of_mask = geometry.mask_position - geometry.padding
+    if two_dimensional:
+        block = (index - geometry.context_length + 1).clamp(min=0)
+        return torch.stack((torch.where(in_answer, of_mask, from_text), block), dim=1)
+    return torch.where(in_answer & geometry.fills_blank, of_mask, from_text).unsqueeze(1)
+
+
+def continued_position_ids(position_ids: Tensor, start, new_tokens: int) -> Tensor:
+    """Positions after those that the caller gave for the prompt: the last row counts on, the first of two stays."""
+    index = torch.arange(new_tokens, device=position_ids.device) + start
+    steps = index - (position_ids.shape[-1] - 1)
+    moves = torch.ones_like(position_ids[..., -1:])
+    if position_ids.shape[1] == 2:
+        moves[:, 0] = 0
+    return position_ids[..., -1:] + moves * steps
+
+
+def visible_keys(geometry: Optional[Geometry], attention_mask, start, new_tokens: int, total: int) -> Tensor:
+    """Which of `total` keys the tokens start ... start + new_tokens - 1 may read: [B or 1, 1, S, total] bool.
+
+    The context is read in both directions only where it is all new (`start` is 0): cached tokens cannot be changed.
+    A token always reads itself, or rows of padding would have nothing to read.
+    """
+    device = attention_mask.device if geometry is None else geometry.padding.device
+    key = torch.arange(total, device=device)
+    query = (torch.arange(new_tokens, device=device) + start)[:, None]
+    visible = (key <= query)[None]
+    if isinstance(start, int) and start == 0:
+        visible = visible | (key < geometry.context_length)[:, None]
+    if attention_mask is not None:
+        shown = F.pad(attention_mask.bool(), (0, total - attention_mask.shape[1]), value=True)
+        visible = visible & shown[:, None]
+    elif geometry is not None:
+        visible = visible & (key >= geometry.padding)[:, None]
+    return (visible | (key == query))[:, None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def rotary_tables(position_ids: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and ∓sin of the angles, [B, S, 1, 1, R, 2, size / 2]; `size` is the part of a head that one row rotates.
+
+    The frequencies are rounded to float16 and float16 models round the angles too, as the original does: the released
+    weights were trained that way. bfloat16 could not tell positions beyond 256 apart, so its angles are float32.
+    """
+    precision = torch.float16 if dtype == torch.float16 else torch.float32
+    powers = torch.arange(0, size, 2, device=position_ids.device).float() / size
+    frequencies = (1.0 / 10000**powers).half().to(precision)
+    angles = position_ids.to(precision).transpose(1, 2)[:, :, None, None, :, None, None] * frequencies
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return cos, torch.cat((-sin, sin), dim=-2)
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """states [B, S, H, 2, D] (query and key): R parts of two halves each, (x, y) -> (x cos - y sin, y cos + x sin)."""
+    parts = states.unflatten(-1, (cos.shape[4], 2, -1))
+    return (parts * cos + parts.flip(-2) * sin).flatten(-3)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: ChatGLMConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.heads, self.head_size = config.num_attention_heads, config.head_size
+        self.query_key_value = linear(config, config.hidden_size, 3 * config.hidden_size)
+        self.dense = linear(config, config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden: Tensor, rotary, visible: Optional[Tensor], past: Past, output_attentions: bool):
+        B, S, _ = hidden.shape
+        fused = self.query_key_value(hidden).view(B, S, self.heads, 3, self.head_size)
+        query, key = rotate(fused[..., :2, :], *rotary).transpose(1, 2).unbind(-2)  # [B, H, S, D] each
+        value = fused[..., 2, :].transpose(1, 2)
+        key, value = past.extend(key, value, self.layer_idx)
+        if visible is not None and visible.shape[-1] < key.shape[2]:  # a static cache hands out its empty slots too
+            visible = F.pad(visible, (0, key.shape[2] - visible.shape[-1]), value=False)
+        if output_attentions or getattr(self.config, "_attn_implementation", None) == "eager":
+            context, weights = eager_attention(query, key, value, visible)
+        else:
+            context, weights = F.scaled_dot_product_attention(query, key, value, attn_mask=visible), None
+        return self.dense(context.transpose(1, 2).reshape(B, S, -1)), weights
+
+
+def eager_attention(query: Tensor, key: Tensor, value: Tensor, visible: Optional[Tensor]) -> tuple[Tensor, Tensor]:
+    """query [B, H, S, D], key and value [B, H, K, D] -> context [B, H, S, D] and weights [B, H, S, K]."""
+    scores = (query / query.shape[-1] ** 0.5 @ key.transpose(2, 3)).float()
+    if visible is not None:
+        scores = scores.masked_fill(~visible, float("-inf"))
+    weights = scores.softmax(dim=-1).to(query.dtype)
+    return weights @ value, weights
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__()
+        self.dense_h_to_4h = linear(config, config.hidden_size, config.inner_hidden_size)
+        self.dense_4h_to_h = linear(config, config.inner_hidden_size, config.hidden_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(hidden), approximate="tanh"))
+
+
+class GLMBlock(nn.Module):
+    def __init__(self, config: ChatGLMConfig, layer_idx: int):
+        super().__init__()
+        self.residual_scale = config.residual_scale
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.attention = SelfAttention(config, layer_idx)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, hidden: Tensor, rotary, visible: Optional[Tensor], past: Past, output_attentions: bool):
+        normed = self.input_layernorm(hidden)
+        attended, weights = self.attention(normed, rotary, visible, past, output_attentions)
+        normed = self.post_attention_layernorm(normed * self.residual_scale + attended)
+        return normed * self.residual_scale + self.mlp(normed), weights
+
+
+class PrefixEncoder(nn.Module):
+    """P-tuning v2: trained keys and values before the first token (https://arxiv.org/abs/2110.07602)."""
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__()
+        self.config = config
+        self.dropout = nn.Dropout(0.1)
+        width = 2 * config.num_layers * config.hidden_size
+        if config.prefix_projection:
+            self.embedding = nn.Embedding(config.pre_seq_len, config.hidden_size)
+            hidden = nn.Linear(config.hidden_size, config.hidden_size)
+            self.trans = nn.Sequential(hidden, nn.Tanh(), nn.Linear(config.hidden_size, width))
+        else:
+            self.embedding = nn.Embedding(config.pre_seq_len, width)
+
+    def forward(self, batch: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        """(keys, values) for each layer, [B, H, P, D] each."""
+        states = self.embedding.weight if not self.config.prefix_projection else self.trans(self.embedding.weight)
+        heads, size = self.config.num_attention_heads, self.config.head_size
+        states = states.to(dtype).view(1, -1, 2 * self.config.num_layers, heads, size).expand(batch, -1, -1, -1, -1)
+        states = self.dropout(states).permute(2, 0, 3, 1, 4)
+        return list(zip(states[0::2], states[1::2]))
+
+
+def linear(config: ChatGLMConfig, in_features: int, out_features: int) -> nn.Module:
+    if not config.quantization_bit:
+        return Linear(in_features, out_features)
+    return QuantizedLinear(in_features, out_features, config.quantization_bit, config.quantization_group_size)
+
+
+def embedding(config: ChatGLMConfig) -> nn.Module:
+    if not config.head_bits:
+        return nn.Embedding(config.vocab_size, config.hidden_size)
+    group_size = head_group_size(config.head_bits, config.quantization_group_size)
+    return QuantizedEmbedding(config.vocab_size, config.hidden_size, config.head_bits, group_size)
+
+
+class ChatGLMPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation."""
+
+    config_class = ChatGLMConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GLMBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_cache_class = True  # 4.36 to 4.5x ask for it
+    _supports_static_cache = True
+    _can_compile_fullgraph = True
+    # Buffers of the original; the frequencies follow from the head size.
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
+
+    def __init__(self, config: ChatGLMConfig, *args, **kwargs):
+        config.check_values()  # fields may have been changed since the configuration was made
+        if config.num_image_tokens:
+            warn_once(
+                f"this checkpoint still holds {config.num_image_tokens} image-token rows that no text uses: "
+                "`python slim.py SOURCE OUTPUT` makes the same model without them"
+            )
+        super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, path, *args, **kwargs):
+        """As in transformers; without a dtype the checkpoint's own is kept (4.x alone would widen it to float32), and
+        the weights go straight into place where accelerate is installed. Checked on every rung of the ladder."""
+        if "dtype" not in kwargs and "torch_dtype" not in kwargs:
+            kwargs["dtype" if hasattr(ChatGLMConfig, "dtype") else "torch_dtype"] = "auto"
+        kwargs.setdefault("low_cpu_mem_usage", has_accelerate())
+        if isinstance(path, (str, os.PathLike)) and os.path.isdir(path) and not kwargs.get("state_dict"):
+            folder = os.path.join(path, kwargs.get("subfolder") or "")
+            if not any(name.endswith((".safetensors", ".bin", ".index.json")) for name in os.listdir(folder)):
+                raise OSError(f"{path}: {GET_WEIGHTS}")
+        return super().from_pretrained(path, *args, **kwargs)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers, as safetensors on every version: those below 4.35 must be asked to, and must be told not
+        to store a tied head twice."""
+        default = inspect.signature(PreTrainedModel.save_pretrained).parameters.get("safe_serialization")
+        if default is not None and default.default is False:
+            kwargs.setdefault("safe_serialization", True)
+            self._keys_to_ignore_on_save = (
+                list(self._tied_weights_keys or ()) if self.config.tie_word_embeddings else []
+            )
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # nn.init functions, not .data: transformers 5 guards those, so that loaded tensors are not overwritten.
+        if isinstance(module, (QuantizedLinear, QuantizedEmbedding)):
+            return  # filled from a checkpoint, or by quantize()
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    def _set_gradient_checkpointing(self, module=None, value=False, enable=None, gradient_checkpointing_func=None):
+        # Below 4.35 called for every module with a value, later once with a switch and a function.
+        if enable is None:
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = value
+            return
+        for module in self.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = enable
+
+
+@functools.cache
+def has_accelerate() -> bool:
+    try:
+        import accelerate  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+class ChatGLMModel(ChatGLMPreTrainedModel):
+    """The network without its head."""
+
+    def __init__(self, config: ChatGLMConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self.word_embeddings = embedding(config)
+        self.layers = nn.ModuleList([GLMBlock(config, layer_idx) for layer_idx in range(config.num_layers)])
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.gradient_checkpointing = False
+        if config.pre_seq_len is not None:
+            self.requires_grad_(False)
+            self.prefix_encoder = PrefixEncoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.word_embeddings = value
+
+    @property
+    def prefix_length(self) -> int:
+        return self.config.pre_seq_len or 0
+
+    def forward(
+        self,
+        input_ids: Optional[Tensor] = None,
+        position_ids: Optional[Tensor] = None,
+        attention_mask: Optional[Tensor] = None,
+        past_key_values=None,
+        inputs_embeds: Optional[Tensor] = None,
+        use_cache: Optional[bool] = None,
+        output_attentions: Optional[bool] = None,
+        output_hidden_states: Optional[bool] = None,
+        return_dict: Optional[bool] = None,
+        **kwargs,
+    ) -> Union[tuple, BaseModelOutputWithPast]:
+        """
+        Args:
+            input_ids: [B, S], or inputs_embeds [B, S, hidden] (special tokens are recognised by their embeddings).
+            position_ids: [B, 2, S] ([B, S] for 1-D models); derived when absent.
+            attention_mask: [B, K] with 0 for padding, or the official bool mask [B, 1, S, K] with True for *hidden*;
+                derived when absent (leading pad tokens are padding).
+            past_key_values: a Cache, or (keys, values) per layer, [B, H, K - S, D] each; new tokens are causal.
+
+        Returns:
+            last_hidden_state [B, S, hidden]; hidden_states: the embeddings, then the output of each block, the last
+            one after the final LayerNorm; attentions [B, H, S, K].
+
+        Raises:
+            ValueError: no <sop> or no mask token in the prompt; masks or positions of a wrong shape.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = (
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
+        checkpointing = self.gradient_checkpointing and self.training
+        use_cache = (self.config.use_cache if use_cache is None else use_cache) and not checkpointing
+        hidden = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        cache = as_cache(past_key_values) if use_cache or past_key_values is not None else None
+        seen, prefix = self._start(cache, hidden)
+        position_ids, visible = self._place(input_ids, hidden, position_ids, attention_mask, cache, seen)
+        rows = position_ids.shape[1]
+        rotary = rotary_tables(position_ids, self.config.head_size // rows, hidden.dtype)
+        past = Past(cache, prefix, hidden.shape[1], hidden.device)
+        hidden_states, attentions = [hidden], []
+        for layer in self.layers:
+            arguments = (hidden, rotary, visible, past, output_attentions)
+            # Never reentrant: that form loses the gradient of a P-tuning prefix.
+            step = functools.partial(checkpoint.checkpoint, layer, use_reentrant=False) if checkpointing else layer
+            hidden, weights = step(*arguments)
+            hidden_states.append(hidden)
+            attentions.append(weights)
+        hidden = self.final_layernorm(hidden)
+        hidden_states[-1] = hidden
+        output = BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=cache if use_cache else None,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+    def _start(self, cache, hidden: Tensor):
+        """Number of tokens already cached (without the prefix), and the prefix where no cache holds it."""
+        cached = cached_length(cache)
+        if not self.prefix_length:
+            return cached, None
+        if cache is not None and (not isinstance(cached, int) or cached >= self.prefix_length):
+            return cached - self.prefix_length, None
+        prefix = self.prefix_encoder(hidden.shape[0], hidden.dtype)
+        if cache is None:
+            return 0, prefix
+        past = Past(cache, None, self.prefix_length, hidden.device)
+        for layer_idx, (key, value) in enumerate(prefix):
+            past.extend(key, value, layer_idx)
+        return 0, None
+
+    def _place(self, input_ids, hidden, position_ids, attention_mask, cache, seen) -> tuple[Tensor, Optional[Tensor]]:
+        """Positions [B, R, S] of the new tokens, and the keys that they may read, [B, 1, S, K] or None for all."""
+        S = hidden.shape[1]
+        legacy_mask = attention_mask is not None and attention_mask.dim() == 4
+        geometry = getattr(cache, "geometry", None)
+        if isinstance(seen, int) and seen == 0 and (position_ids is None or not legacy_mask):
+            padding_mask = None if legacy_mask else attention_mask
+            geometry = find_geometry(self._kinds(input_ids, hidden), padding_mask)
+            if cache is not None:
+                cache.geometry = geometry
+        if position_ids is not None:
+            position_ids = self._checked_positions(position_ids, S)
+        elif geometry is None:
+            raise ValueError(
+                "past_key_values without position_ids: this cache does not know where its context ends; pass "
+                "position_ids [B, 2, S] with it, or the Cache object that the model returned"
+            )
+        else:
+            position_ids = position_ids_between(geometry, seen, S, self.config.position_encoding_2d)
+        if isinstance(seen, int) and seen + S > self.config.max_sequence_length:
+            warn_once(
+                f"the text is longer than the {self.config.max_sequence_length} tokens that the model was trained "
+                "for: answers may get worse"
+            )
+        if legacy_mask:
+            visible = ~attention_mask[:, :, -S:].bool()
+            visible = visible | ~visible.any(dim=-1, keepdim=True)  # a row of padding reads all, as in the original
+        else:
+            visible = self._visible(geometry, attention_mask, cache, seen, S)
+        if visible is not None and self.prefix_length:
+            visible = F.pad(visible, (self.prefix_length, 0), value=True)
+        return position_ids, visible
+
+    def _visible(self, geometry, attention_mask, cache, seen, new_tokens: int) -> Optional[Tensor]:
+        slots = fixed_length(cache)
+        if new_tokens == 1 and slots is None and not (isinstance(seen, int) and seen == 0):
+            if attention_mask is None and (geometry is None or not geometry.is_padded):
+                return None
+            if geometry is not None and not geometry.is_padded:
+                return None
+        if geometry is None and attention_mask is None:
+            attention_mask = torch.ones(1, 1, dtype=torch.bool, device=self.device)
+        total = seen + new_tokens if slots is None else slots - self.prefix_length
+        return visible_keys(geometry, attention_mask, seen, new_tokens, total)
+
+    def _kinds(self, input_ids: Optional[Tensor], hidden: Tensor) -> TokenKinds:
+        if input_ids is not None:
+            return TokenKinds.of_ids(input_ids, self.config)
+        return TokenKinds.of_embeddings(hidden, self.word_embeddings, self.config)
+
+    def _checked_positions(self, position_ids: Tensor, new_tokens: int) -> Tensor:
+        rows = 2 if self.config.position_encoding_2d else 1
+        if rows == 1 and position_ids.dim() == 2:
+            position_ids = position_ids.unsqueeze(1)
+        if position_ids.dim() != 3 or position_ids.shape[1] != rows or position_ids.shape[2] != new_tokens:
+            raise ValueError(
+                f"position_ids of shape {tuple(position_ids.shape)}: this model takes [batch, {rows}, {new_tokens}] "
+                f"for {new_tokens} new tokens; leave them out to have them derived"
+            )
+        return position_ids
+
+
+class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
+    """ChatGLM with its language-model head: generation, chat, quantization.
+
+    Example:
+        >>> from transformers import AutoModel, AutoTokenizer
+        >>> tokenizer = AutoTokenizer.from_pretrained("tiny", trust_remote_code=True)
+        >>> model = AutoModel.from_pretrained("tiny", trust_remote_code=True).eval()
+        >>> response, history = model.chat(tokenizer, "你好", history=[], do_sample=False)
+        >>> len(history)
+        1
+    """
+
+    # A dict for transformers 5; iterates over its keys like the list that 4.x expects.
+    _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
+
+    def __init__(self, config: ChatGLMConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self.transformer = ChatGLMModel(config)
+        if config.head_bits:
+            group_size = head_group_size(config.head_bits, config.quantization_group_size)
+            self.lm_head = QuantizedLinear(
+                config.hidden_size, config.vocab_size, config.head_bits, group_size, bias=False
+            )
+            self._tied_weights_keys = tied_head_keys()
+        else:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.pre_seq_len is not None:
+            self.lm_head.requires_grad_(False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.transformer.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.transformer.word_embeddings = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def tie_weights(self, *args, **kwargs):
+        """Ties the scales of a quantized head with its values; transformers before 5 knows `weight` only."""
+        super().tie_weights(*args, **kwargs)
+        if self.config.tie_word_embeddings and isinstance(self.lm_head, QuantizedLinear):
+            self.lm_head.weight_scale = self.transformer.word_embeddings.weight_scale
+
+    def forward(
+        self,
+        input_ids: Optional[Tensor] = None,
+        position_ids: Optional[Tensor] = None,
+        attention_mask: Optional[Tensor] = None,
+        past_key_values=None,
+        inputs_embeds: Optional[Tensor] = None,
+        labels: Optional[Tensor] = None,
+        use_cache: Optional[bool] = None,
+        output_attentions: Optional[bool] = None,
+        output_hidden_states: Optional[bool] = None,
+        return_dict: Optional[bool] = None,
+        logits_to_keep: Union[int, Tensor] = 0,
+        **kwargs,
+    ) -> Union[tuple, CausalLMOutputWithPast]:
+        """Inputs as ChatGLMModel.forward.
+
+        Args:
+            labels: [B, S], -100 where no loss is wanted; the model shifts them.
+            logits_to_keep: how many last positions (or which ones) get logits; 0 for all.
+
+        Returns:
+            loss, the mean cross entropy in float32, cast to the model's dtype; logits [B, kept, V].
+        """
+        output = self.transformer(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        hidden = output.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, kept] if not (isinstance(kept, slice) and kept.start == 0) else hidden)
+        loss = None
+        if labels is not None:
+            loss = shifted_cross_entropy(logits, labels, kwargs.get("num_items_in_batch")).to(logits.dtype)
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+    # --- hooks of transformers' generate, checked on every rung of the ladder -------------------------------------
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values=None,
+        attention_mask: Optional[Tensor] = None,
+        inputs_embeds: Optional[Tensor] = None,
+        position_ids: Optional[Tensor] = None,
+        use_cache: Optional[bool] = None,
+        past=None,
+        **kwargs,
+    ) -> dict[str, Any]:
+        """Overridden for the 2-D positions and the prefix mask. `input_ids` is the whole text so far."""
+        if attention_mask is not None and attention_mask.dim() == 4:
+            raise ValueError(
+                f"attention_mask of shape {tuple(attention_mask.shape)}: generate() takes a 2-D mask [batch, length] "
+                "with 0 for padding, as the tokenizer returns it; only forward() takes the official 4-D masks"
+            )
+        past_key_values = past_key_values if past_key_values is not None else past  # 4.25 and earlier
+        cache = as_cache(past_key_values) if past_key_values is not None else None
+        seen = max(int(cached_length(cache)) - self.transformer.prefix_length, 0)
+        inputs = {"past_key_values": cache, "attention_mask": attention_mask, "use_cache": use_cache}
+        for name in ("output_attentions", "output_hidden_states", "logits_to_keep"):
+            if kwargs.get(name) is not None:
+                inputs[name] = kwargs[name]
+        if not seen:
+            first = {"inputs_embeds": inputs_embeds} if inputs_embeds is not None else {"input_ids": input_ids}
+            if inputs_embeds is None and bool((input_ids[:, -1] == self.config.bos_token_id).all()):
+                inputs["logits_to_keep"] = 1  # a bare prompt: only what follows it is asked for
+            return {**first, "position_ids": position_ids, **inputs}
+        total = input_ids.shape[1] if attention_mask is None else attention_mask.shape[1]
+        if inputs_embeds is not None and total <= seen:  # input_ids holds the new tokens only
+            total += inputs_embeds.shape[1]
+        new_tokens = total - seen
+        if new_tokens < 1:
+            raise ValueError(
+                f"the cache holds {seen} tokens and the input has {total}: pass the whole text, prompt and answer, "
+                "with past_key_values"
+            )
+        geometry = self._cached_geometry(cache, input_ids, attention_mask, seen)
+        if position_ids is not None:
+            position_ids = continued_position_ids(position_ids, seen, new_tokens)
+        else:
+            position_ids = position_ids_between(geometry, seen, new_tokens, self.config.position_encoding_2d)
+        slots = fixed_length(cache)
+        if slots is not None:  # one shape for every step, so that a compiled step is compiled once
+            slots -= self.transformer.prefix_length
+            inputs["attention_mask"] = ~visible_keys(geometry, attention_mask, seen, new_tokens, slots)
+        return {"input_ids": input_ids[:, -new_tokens:].contiguous(), "position_ids": position_ids, **inputs}
+
+    def _cached_geometry(self, cache, input_ids: Tensor, attention_mask, seen: int) -> Geometry:
+        geometry = getattr(cache, "geometry", None)
+        if geometry is not None and geometry.padding.shape[0] == input_ids.shape[0]:
+            return geometry
+        geometry = find_geometry(TokenKinds.of_ids(input_ids, self.config), attention_mask)
+        if bool((geometry.context_length > seen).any()):
+            raise ValueError(
+                f"the cache ends at token {seen}, inside a context of {int(geometry.context_length.max())} tokens: a "
+                "GLM context is read in both directions and cannot be continued; pass the whole prompt without a cache"
+            )
+        cache.geometry = geometry
+        return geometry
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        """transformers 5 would make [B, S] positions here; ours come from prepare_inputs_for_generation."""
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
+        """transformers 5 would count both position rows on; ours are continued in prepare_inputs_for_generation."""
+        position_ids = model_kwargs.pop("position_ids", None)
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        if position_ids is not None:
+            model_kwargs["position_ids"] = position_ids
+        return model_kwargs
+
+    @staticmethod
+    def _reorder_cache(past, beam_idx: Tensor):
+        """Beam search below 4.42 calls this in place of the cache's own method."""
+        cache = as_cache(past)
+        cache.reorder_cache(beam_idx)
+        return cache
+
+    # --- quantization --------------------------------------------------------------------------------------------
+
+    def quantize(self, bits: int, group_size: int = 0, quantize_head: Union[bool, int] = False, **kwargs):
+        """Replaces the linear layers by INT8 or INT4 ones, in place; see quantization.quantize_model."""
+        return quantize_model(self, bits, group_size=group_size, quantize_head=quantize_head, **kwargs)
+
+    # --- chat ----------------------------------------------------------------------------------------------------
+
+    def process_response(self, response: str) -> str:
+        """The official clean-up of an answer: outer blanks, the placeholder of the training date, and full-width
+        punctuation beside Chinese characters."""
+        response = response.strip().replace("[[训练时间]]", "2023年")
+        for half, full in FULL_WIDTH.items():
+            response = re.sub(rf"(?<=[{CHINESE}]){re.escape(half)}", full, response)
+            response = re.sub(rf"{re.escape(half)}(?=[{CHINESE}])", full, response)
+        return response
+
+    @torch.no_grad()
+    def chat(
+        self,
+        tokenizer,
+        query: str,
+        history: Optional[list] = None,
+        max_length: int = 2048,
+        num_beams: int = 1,
+        do_sample: bool = True,
+        top_p: float = 0.7,
+        temperature: float = 0.95,
+        logits_processor: Optional[LogitsProcessorList] = None,
+        stop: Optional[list[str]] = None,
+        answer_room: Optional[int] = None,
+        **kwargs,
+    ) -> tuple[str, list]:
+        """Answers `query` after `history`.
+
+        Args:
+            history: earlier rounds as (query, answer) pairs, or role/content messages; not changed.
+            max_length: tokens of prompt and answer together (or give max_new_tokens).
+            stop: texts that end the answer; the answer is cut before them.
+            answer_room: tokens to keep free for the answer: the oldest rounds are left out of the prompt until they
+                are. Without it a prompt that fills `max_length` is an error.
+            kwargs: anything that transformers' `generate` takes.
+
+        Returns:
+            the answer, and a new history with this round added in the form that `history` had.
+
+        Raises:
+            ValueError: no room under max_length; scores that are not finite.
+        """
+        sampling = {"do_sample": do_sample, "top_p": top_p, "temperature": temperature, "num_beams": num_beams}
+        prompt, arguments = self._chat_arguments(
+            tokenizer, query, history, max_length, logits_processor, answer_room, {**sampling, **kwargs}
+        )
+        answer = Answer(tokenizer, prompt.shape[1], self.process_response, stop)
+        arguments["stopping_criteria"] = StoppingCriteriaList([*(arguments.get("stopping_criteria") or []), answer])
+        output = self.generate(input_ids=prompt, **arguments)
+        output = output if torch.is_tensor(output) else output.sequences
+        response = answer.text(output[0], finished=True)
+        return response, with_round(history, query, response)
+
+    @torch.no_grad()
+    def stream_chat(
+        self,
+        tokenizer,
+        query: str,
+        history: Optional[list] = None,
+        max_length: int = 2048,
+        do_sample: bool = True,
+        top_p: float = 0.7,
+        temperature: float = 0.95,
+        logits_processor: Optional[LogitsProcessorList] = None,
+        stop: Optional[list[str]] = None,
+        answer_room: Optional[int] = None,
+        **kwargs,
+    ) -> Iterator[tuple[str, list]]:
+        """As `chat`, but yields (answer so far, history) after each token; the last pair is what `chat` returns.
+
+        Closing the generator (or leaving its loop) ends the generation.
+        """
+        sampling = {"do_sample": do_sample, "top_p": top_p, "temperature": temperature}
+        prompt, arguments = self._chat_arguments(
+            tokenizer, query, history, max_length, logits_processor, answer_room, {**sampling, **kwargs}
+        )
+        answer = Answer(tokenizer, prompt.shape[1], self.process_response, stop)
+        arguments["stopping_criteria"] = StoppingCriteriaList([*(arguments.get("stopping_criteria") or []), answer])
+        shown, ids = None, prompt
+        for ids in self.stream_generate(prompt, **arguments):
+            shown = answer.text(ids[0], finished=False)
+            yield shown, with_round(history, query, shown)
+        response = answer.text(ids[0], finished=True)
+        if response != shown:
+            yield response, with_round(history, query, response)
+
+    @torch.no_grad()
+    def stream_generate(
+        self,
+        input_ids: Tensor,
+        generation_config=None,
+        logits_processor: Optional[LogitsProcessorList] = None,
+        stopping_criteria: Optional[StoppingCriteriaList] = None,
+        prefix_allowed_tokens_fn=None,
+        **kwargs,
+    ) -> Iterator[Tensor]:
+        """Runs `generate` and yields the ids so far, [B, n], after each token, the last included (no beams).
+
+        The generation runs in a thread of its own, which ends when this generator does.
+        """
+        tap = TokenTap()
+        arguments = dict(kwargs, input_ids=input_ids, logits_processor=logits_processor or LogitsProcessorList())
+        arguments["stopping_criteria"] = StoppingCriteriaList([*(stopping_criteria or []), tap])
+        optional = {"generation_config": generation_config, "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn}
+        arguments.update({name: value for name, value in optional.items() if value is not None})
+        thread = threading.Thread(target=tap.run, args=(self.generate, arguments), daemon=True)
+        thread.start()
+        try:
+            yield from tap
+        finally:
+            tap.stopped = True
+            thread.join()
+
+    def _chat_arguments(self, tokenizer, query, history, max_length, logits_processor, answer_room, options):
+        """Prompt ids [1, S] and the arguments of `generate` for one round of chat."""
+        if options.get("max_new_tokens") is not None:
+            max_length = None
+        ids = tokenizer.build_chat_input_ids(query, history)
+        while answer_room is not None and max_length is not None and len(ids) + answer_room > max_length:
+            shorter = without_oldest_round(history)
+            if shorter is None:
+                break
+            history = shorter
+            ids = tokenizer.build_chat_input_ids(query, history)
+        if max_length is not None:
+            if len(ids) >= max_length:
+                raise ValueError(
+                    f"the prompt has {len(ids)} tokens and max_length is {max_length}: no room is left for an answer; "
+                    "raise max_length, shorten the history (answer_room=256 leaves out its oldest rounds) or the query"
+                )
+            options["max_length"] = max_length
+        if not options["do_sample"]:  # generate would warn that they have no effect
+            options = {name: value for name, value in options.items() if name not in ("top_p", "temperature", "top_k")}
+        else:
+            options.setdefault("top_k", 50)  # the default of the transformers that the original ran on
+        prompt = torch.tensor([ids], device=self.device)
+        options["attention_mask"] = torch.ones_like(prompt)
+        options["logits_processor"] = LogitsProcessorList([*(logits_processor or []), FiniteScores()])
+        return prompt, options
+
+
+def shifted_cross_entropy(logits: Tensor, labels: Tensor, num_items: Optional[int] = None) -> Tensor:
+    """Mean over the labels that are not -100 (or sum / num_items, which Trainer gives for accumulated batches)."""
+    labels = labels[:, 1:].reshape(-1).to(logits.device)
+    loss = F.cross_entropy(
+        logits[:, :-1].float().reshape(-1, logits.shape[-1]),
+        labels,
+        ignore_index=-100,
+        reduction="mean" if num_items is None else "sum",
+    )
+    return loss if num_items is None else loss / num_items
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chat
+# ---------------------------------------------------------------------------------------------------------------------
+
+CHINESE = "\u4e00-\u9fff"
+FULL_WIDTH = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
+UNFINISHED = "\ufffd"  # what decoding makes of the first bytes of a character
+
+
+def is_messages(history: Optional[list]) -> bool:
+    return bool(history) and isinstance(history[0], dict)
+
+
+def with_round(history: Optional[list], query: str, response: str) -> list:
+    """A new history with one more round, in the form of the old one."""
+    if is_messages(history):
+        return [*history, {"role": "user", "content": query}, {"role": "assistant", "content": response}]
+    return [*(history or []), (query, response)]
+
+
+def without_oldest_round(history: Optional[list]) -> Optional[list]:
+    """`history` without its first question and answer; a system message stays. None when no round is left."""
+    if not is_messages(history):
+        return list(history[1:]) if history else None
+    system = [message for message in history if message.get("role") == "system"]
+    rounds = [message for message in history if message.get("role") != "system"]
+    starts = [index for index, message in enumerate(rounds) if message.get("role") == "user"]
+    if not starts:
+        return None
+    return system + (rounds[starts[1] :] if len(starts) > 1 else [])
+
+
+class FiniteScores(LogitsProcessor):
+    """Stops the generation where the scores make no sense; -inf alone is a processor's way to forbid a token."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if torch.isfinite(scores.amax(dim=-1)).all():  # NaN and inf both survive the maximum
+            return scores
+        raise ValueError(
+            f"the model's scores are not finite (dtype {scores.dtype}, token {input_ids.shape[1]}): float16 overflows "
+            "on some hardware and with some fine-tunes; load it with torch_dtype=torch.bfloat16 or torch.float32"
+        )
+
+
+class Answer(StoppingCriteria):
+    """The text of an answer: decoding, clean-up, and stop strings, in one place for chat and stream_chat."""
+
+    def __init__(self, tokenizer, prompt_length: int, process_response, stop: Optional[list[str]]):
+        self.tokenizer, self.prompt_length, self.process_response = tokenizer, prompt_length, process_response
+        self.stop = [stop] if isinstance(stop, str) else list(stop or [])
+
+    def decoded(self, ids: Tensor) -> tuple[str, bool]:
+        """The text of `ids` [n] behind the prompt, cut before the first stop string; and whether one was found."""
+        text = self.tokenizer.decode(ids[self.prompt_length :].tolist())
+        ends = [text.find(word) for word in self.stop if word in text]
+        return (text[: min(ends)], True) if ends else (text, False)
+
+    def text(self, ids: Tensor, finished: bool) -> str:
+        text, _ = self.decoded(ids)
+        return self.process_response(text if finished else text.rstrip(UNFINISHED))
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> bool:
+        return bool(self.stop) and self.decoded(input_ids[0])[1]
+
+
+class TokenTap(StoppingCriteria):
+    """Hands the ids of each step from the thread that generates to the one that reads.
+
+    A stopping criterion is the one public hook that every transformers version calls after each token (below 4.39 not
+    after a last one that another criterion stops at: that comes from the result).
+    """
+
+    def __init__(self):
+        self.queue, self.stopped, self.length = queue.Queue(), False, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> bool:
+        self.queue.put(input_ids)
+        self.length = input_ids.shape[1]
+        return self.stopped
+
+    def run(self, generate, arguments: dict[str, Any]) -> None:
+        try:
+            output = generate(**arguments)
+            ids = output if torch.is_tensor(output) else output.sequences
+            if ids.shape[1] > self.length:
+                self.queue.put(ids)
+            self.queue.put(None)
+        except BaseException as error:  # raised again where the tokens are read
+            self.queue.put(error)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        while (item := self.queue.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+
+# transformers 4.29-4.31 and 4.45-4.51 copy the code on save_pretrained only for registered classes.
+ChatGLMForConditionalGeneration.register_for_auto_class("AutoModel")
