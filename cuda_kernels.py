@@ -699,12 +699,13 @@ def _pkg_resources_stub() -> types.ModuleType:
 
 
 def _library_folders() -> list[str]:
-    """Where torch's own CUDA libraries are: torch/lib, or pip's nvidia-* packages (lib on Linux, bin on Windows)."""
+    """Where torch's own CUDA libraries can be: in torch, in pip's nvidia-* packages, or in a conda environment."""
     nvidia = importlib.util.find_spec("nvidia")
     roots = nvidia.submodule_search_locations if nvidia else ()
-    folders = [folder for root in roots for folder in glob.glob(os.path.join(root, "*", "*"))]
-    folders = sorted(folder for folder in folders if os.path.basename(folder) in ("lib", "bin"))
-    return [os.path.join(os.path.dirname(torch.__file__), "lib"), *folders]
+    patterns = [os.path.join(os.path.dirname(torch.__file__), "lib")]
+    patterns += [os.path.join(root, "*", part) for root in roots for part in ("lib", "bin")]  # Linux, Windows
+    patterns += [os.path.join(sys.prefix, "lib"), os.path.join(sys.prefix, "Library", "bin")]
+    return [folder for pattern in patterns for folder in sorted(glob.glob(pattern))]
 
 
 def _pip_library(name: str) -> str | None:

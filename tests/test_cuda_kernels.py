@@ -11,9 +11,11 @@ import ctypes
 import ctypes.util
 import importlib
 import importlib.util
+import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -24,11 +26,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from chatglm_slim import cuda_kernels, quantization
+from chatglm_slim.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_slim.quantization import dequantize_weight
 from cuda_emulation import build, checks, mutants, nvrtc_table, seam
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 needs_nvrtc = pytest.mark.skipif(
@@ -358,6 +361,47 @@ def test_what_is_compressed_and_extracted_is_the_weight_within_a_rounding_step(k
     assert bool((error <= 0.6 * step).all())  # half a step, and float16 in the scale and in the quotient
 
 
+@pytest.fixture
+def seam_on_cpu(kernels, monkeypatch):
+    """quantization.py's seam sends tensors of the CPU, too, to the kernels."""
+    linear, dequantize = cuda_kernels.linear, cuda_kernels.dequantize
+    monkeypatch.setattr(
+        quantization, "cpu_linear", lambda *arguments: None if arguments[3] == 16 else linear(*arguments)
+    )
+    monkeypatch.setattr(quantization, "cpu_dequantize", dequantize)
+
+
+@needs_compilers
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_golden_quantized_model_gives_its_logits_through_the_kernels(
+    seam_on_cpu, emulated, golden, tmp_path, bits
+):
+    folder = golden / "model" / f"quant{bits}"
+    shutil.copy(folder / "config.json", tmp_path)
+    save_file(load_file(folder / "model.safetensors"), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model = ChatGLMForConditionalGeneration.from_pretrained(tmp_path).eval().float()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()  # aligned, as on a GPU; a mapped file is not
+    ids = torch.tensor(json.loads((folder / "cases.json").read_text(encoding="utf-8"))["input_ids"])
+    launches = emulated.emulatedLaunchCount()
+    with torch.no_grad():
+        logits = model(ids).logits
+    assert emulated.emulatedLaunchCount() - launches == 4 * model.config.num_layers
+    expected = load_file(folder / "tensors.safetensors")["logits_float_from_dequant_half"]
+    assert (logits - expected).abs().max() < 0.02  # float32 weights here, rounded to float16 there
+
+
+@needs_compilers
+@pytest.mark.parametrize("bits", [8, 4])
+def test_gradients_flow_through_a_quantized_layer_that_uses_the_kernels(seam_on_cpu, emulated, bits):
+    layer = quantization.QuantizedLinear.from_linear(torch.nn.Linear(64, 24), bits)
+    x, direction = torch.randn(3, 64, requires_grad=True), torch.randn(3, 24)
+    (layer(x) * direction).sum().backward()
+    assert emulated.emulatedLastKernel().decode() == f"dequantize{bits}_float"
+    matrix = dequantize_weight(layer.weight, layer.weight_scale, bits, torch.float32)
+    torch.testing.assert_close(x.grad, direction @ matrix)
+
+
 # ---- loading --------------------------------------------------------------------------------------------------------
 
 
@@ -637,11 +681,7 @@ def test_the_benchmark_finds_wrong_numbers_and_exits_with_1(kernels, benchmark, 
 
 
 @needs_compilers
-def test_the_benchmark_decodes_with_the_model_in_every_way(kernels, benchmark, monkeypatch):
-    linear = cuda_kernels.linear  # the model stands on the CPU here
-    monkeypatch.setattr(
-        quantization, "cpu_linear", lambda *arguments: None if arguments[3] == 16 else linear(*arguments)
-    )
+def test_the_benchmark_decodes_with_the_model_in_every_way(seam_on_cpu, benchmark):
     clock = benchmark.Clock(torch.device("cpu"), eager=True)
     sizes = {"num_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "inner_hidden_size": 128}
     lines = list(benchmark.model_table(clock, 0, **sizes))
