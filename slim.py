@@ -18,7 +18,6 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,6 +51,8 @@ def slim(source: str, output: str | Path, options: Options | None = None, revisi
     """
     options, output = options or Options(), Path(output)
     folder = open_source(source, revision)
+    if not options.dry_run:
+        restore_interrupted(output)
     judge_output(folder, output, options)
     plan = make_plan(read_source(folder, source, options), options)
     print(describe(plan))
@@ -60,16 +61,13 @@ def slim(source: str, output: str | Path, options: Options | None = None, revisi
     partial = output.with_name(f"{output.name}-slim-partial")
     judge_partial(partial)
     judge_disk(plan, partial)
-    restore_interrupted(output)
     with locked(partial):
         write_partial(plan, partial, options)
         if options.check:
             from slimming.check import check
 
             if not check(plan, partial, options):
-                raise Refusal(
-                    Exit.CHECK_FAILED, f"the check failed; {partial} is left for inspection, OUTPUT not made"
-                )
+                raise Refusal(Exit.CHECK_FAILED, f"the check failed: {partial} is left for a look, {output} not made")
     move_into_place(partial, output)
     print(f"{output} is complete: {plan.nbytes:,} bytes of weights in {len(plan.shards)} file(s)")
     return plan
@@ -91,9 +89,8 @@ def open_source(source: str, revision: str | None = None) -> Path:
         twins = ["*.bin", "*.bin.index.json"] if any(name.endswith(".safetensors") for name in names) else None
         path = hub.snapshot_download(source, revision=revision, allow_patterns=HUB_PATTERNS, ignore_patterns=twins)
     except Exception as error:  # the client's errors differ between its versions; all mean the same here
-        raise Refusal(
-            Exit.HUB, f"{source} can't be downloaded ({first_line(error)}): check the id, or log in"
-        ) from None
+        message = f"{source} can't be downloaded ({first_line(error)}): check the id, or log in"
+        raise Refusal(Exit.HUB, message) from None
     return Path(path)
 
 
@@ -163,7 +160,7 @@ def write_partial(plan: Plan, partial: Path, options: Options) -> None:
         for path in list(partial.iterdir()):
             if path.name not in written and path.name != LOCK:
                 path.unlink()
-        write_folder(partial, plan, options, {name: journal.shards[name]["sha256"] for name in plan.shards})
+        write_folder(partial, plan, options)
     except Refusal:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -175,20 +172,15 @@ def write_partial(plan: Plan, partial: Path, options: Options) -> None:
 
 
 def write_shards(plan: Plan, partial: Path, journal: io.Journal, options: Options) -> None:
-    """Streams every shard; a second thread hashes the finished one while the next is written."""
+    """Streams every shard that the journal doesn't know."""
     total = sum(job.read_bytes for job in plan.jobs)
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc="slimming", disable=None)
-    with bar, io.Reader() as reader, ThreadPoolExecutor(1) as hasher:
-        hashes = []
+    with tqdm(total=total, unit="B", unit_scale=True, desc="slimming", disable=None) as bar, io.Reader() as reader:
         for name, jobs in plan.shards.items():
             if journal.is_finished(name):
                 bar.update(sum(job.read_bytes for job in jobs))
                 continue
             tensors = [output for job in jobs for output in job.outputs]
-            io.write_shard(partial / name, tensors, stream(reader, jobs, options, bar))
-            hashes.append(hasher.submit(journal.record, name))
-        for pending in hashes:
-            pending.result()
+            journal.record(name, io.write_shard(partial / name, tensors, stream(reader, jobs, options, bar)))
 
 
 def stream(reader: io.Reader, jobs: Sequence[Job], options: Options, bar: Any) -> Iterator[tuple[str, Any]]:
@@ -256,9 +248,14 @@ def locked(partial: Path) -> Iterator[None]:
     (partial / LOCK).unlink(missing_ok=True)
 
 
+def replaced(output: Path) -> Path:
+    """Where an old OUTPUT waits while the new one takes its place."""
+    return output.with_name(f".{output.name}.replaced-by-slim")
+
+
 def restore_interrupted(output: Path) -> None:
     """A run that was killed between the two renames of --overwrite left the old OUTPUT under another name."""
-    old = output.with_name(f"{output.name}-slim-old")
+    old = replaced(output)
     if old.is_dir() and not output.exists():
         os.rename(old, output)
     shutil.rmtree(old, ignore_errors=True)
@@ -266,7 +263,7 @@ def restore_interrupted(output: Path) -> None:
 
 def move_into_place(partial: Path, output: Path) -> None:
     """The temporary folder becomes OUTPUT; an old OUTPUT is deleted only after that."""
-    old = output.with_name(f"{output.name}-slim-old")
+    old = replaced(output)
     try:
         if output.exists():
             os.rename(output, old)

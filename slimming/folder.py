@@ -23,8 +23,8 @@ PAD_PIECE = "<pad>"
 TOKENIZER_CHOICES = ("do_lower_case", "remove_space", "model_max_length", "clean_up_tokenization_spaces")
 
 
-def write_folder(folder: Path, plan: Plan, options: Options, digests: dict[str, str]) -> None:
-    """Writes all that belongs beside the shards; `digests` are their sha256 for the card."""
+def write_folder(folder: Path, plan: Plan, options: Options) -> None:
+    """Writes all that belongs beside the shards."""
     if plan.source.kind == "adapter":
         write_json(folder / "adapter_config.json", adapter_config(plan, options))
     else:
@@ -39,7 +39,7 @@ def write_folder(folder: Path, plan: Plan, options: Options, digests: dict[str, 
         write_json(folder / "model.safetensors.index.json", shard_index(plan))
     if plan.vocabulary.is_trimmed:
         write_json(folder / ID_MAP, id_map(plan.vocabulary), indent=None)
-    (folder / "README.md").write_text(model_card(plan, options, digests), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(plan), encoding="utf-8")
 
 
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
@@ -195,7 +195,7 @@ def shard_index(plan: Plan) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------- the card
 
 
-def model_card(plan: Plan, options: Options, digests: dict[str, str]) -> str:
+def model_card(plan: Plan) -> str:
     base = plan.source.name if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", plan.source.name) else None
     header = ["---", "language:", "- zh", "- en", "license: other", "library_name: transformers"]
     header += ["pipeline_tag: text-generation", "tags:", "- chatglm", "- custom_code"]
@@ -207,12 +207,6 @@ def model_card(plan: Plan, options: Options, digests: dict[str, str]) -> str:
         lines += [f"Trimmed vocabulary: {plan.vocabulary.figures}. `{ID_MAP}` lists the kept rows.", ""]
     if plan.source.kind != "adapter":
         lines += ["The code is under Apache-2.0; the weights stay under the licence they came with.", ""]
-    lines += [
-        "| file | sha256 |",
-        "| --- | --- |",
-        *(f"| {name} | `{digest}` |" for name, digest in digests.items()),
-        "",
-    ]
     return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -448,9 +449,8 @@ def make_plan(source: Source, options: Options) -> Plan:
         digest = hashlib.sha256(vocabulary.sentencepiece).hexdigest()
         notes.append(f"{VOCAB_FILE}: sha256 {digest}" + (", the published file" if digest == PUBLISHED_SHA256 else ""))
     jobs = [make_job(source, tensor, vocabulary, options) for tensor in source.tensors.values()]
-    for job in jobs:
-        if job.axis is not None:
-            judge_finite(job, options)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda job: judge_finite(job, options), [job for job in jobs if job.axis is not None]))
     tied = None
     if source.kind == "model":
         tied = HEAD not in source.tensors or head_equals_embedding(jobs)
