@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import checkpoint
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
@@ -327,7 +328,8 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         """As in transformers; without a dtype the checkpoint's own is kept (4.x alone would widen it to float32), and
         the weights go straight into place where accelerate is installed. Checked on every rung of the ladder."""
         if "dtype" not in kwargs and "torch_dtype" not in kwargs:
-            kwargs["dtype" if hasattr(ChatGLMConfig, "dtype") else "torch_dtype"] = "auto"
+            renamed = any(hasattr(ChatGLMConfig, name) for name in ("dtype", "torch_dtype"))  # 4.56
+            kwargs["dtype" if renamed else "torch_dtype"] = "auto"
         kwargs.setdefault("low_cpu_mem_usage", has_accelerate())
         if isinstance(path, (str, os.PathLike)) and os.path.isdir(path) and not kwargs.get("state_dict"):
             folder = os.path.join(path, kwargs.get("subfolder") or "")
@@ -336,15 +338,15 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         return super().from_pretrained(path, *args, **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in transformers, as safetensors on every version: those below 4.35 must be asked to, and must be told not
-        to store a tied head twice."""
-        default = inspect.signature(PreTrainedModel.save_pretrained).parameters.get("safe_serialization")
-        if default is not None and default.default is False:
-            kwargs.setdefault("safe_serialization", True)
-            self._keys_to_ignore_on_save = (
-                list(self._tied_weights_keys or ()) if self.config.tie_word_embeddings else []
-            )
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        """As in transformers, as safetensors on every version. Those below 4.35 must be asked to, must be told not to
+        store a tied head twice, and then take modeling_chatglm.py for an old weight file and delete it."""
+        asked = inspect.signature(PreTrainedModel.save_pretrained).parameters.get("safe_serialization")
+        if asked is None or asked.default is not False or kwargs.get("push_to_hub"):
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        self._keys_to_ignore_on_save = list(self._tied_weights_keys) if self.config.tie_word_embeddings else None
+        super().save_pretrained(save_directory, *args, **{"safe_serialization": True, **kwargs})
+        custom_object_save(self, save_directory, config=self.config)
+        return None
 
     def _init_weights(self, module: nn.Module) -> None:
         # nn.init functions, not .data: transformers 5 guards those, so that loaded tensors are not overwritten.
