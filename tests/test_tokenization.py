@@ -2,11 +2,13 @@
 
 import contextlib
 import copy
+import doctest
 import functools
 import hashlib
 import json
 import pickle
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -261,6 +263,14 @@ def test_blank_is_filled_from_mask_and_sop_without_gmask(tiny):
         tiny.build_blank_input_ids("nothing to fill")
 
 
+def test_examples_in_the_docstrings_are_true(tiny):
+    module = vars(sys.modules[ChatGLMTokenizer.__module__])
+    examples = doctest.DocTestFinder().find(ChatGLMTokenizer, globs={**module, "tokenizer": tiny})
+    results = [doctest.DocTestRunner().run(example) for example in examples]
+    assert sum(result.attempted for result in results) >= 4
+    assert not any(result.failed for result in results)
+
+
 # ---- conversations -------------------------------------------------------------------------------------------
 def test_prompts_have_the_original_text_and_ids(tiny, golden):
     cases = json.loads((golden / "model/chat2d/cases.json").read_text())["cases"]
@@ -404,11 +414,32 @@ def test_flags_decide_how_a_conversation_ends(tiny):
         tiny.apply_chat_template(asked, continue_final_message=True)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_assistant_masks_mark_the_answer_that_can_be_learnt(tiny, side):
+    tokenizer = copy.copy(tiny)
+    tokenizer.padding_side = side
+    chats = [as_messages([("hi", "hello")]), as_messages([("hi", "hello"), ("and you", "fine")])]
+    options = {"return_dict": True, "return_assistant_tokens_mask": True}
+    encoded = tokenizer.apply_chat_template(chats, padding=True, return_tensors="np", **options)
+    for ids, mask, answer in zip(encoded["input_ids"], encoded["assistant_masks"], ("hello", "fine")):
+        assert ids[mask == 1].tolist() == [*tiny.encode_text(answer), tiny.eos_token_id]
+    alone = tokenizer.apply_chat_template(chats[0], **options)
+    assert sum(alone["assistant_masks"]) == len(tiny.encode_text("hello")) + 1
+    for cut_side in ("left", "right"):
+        tokenizer.truncation_side = cut_side
+        cut = tokenizer.apply_chat_template(chats[0], truncation=True, max_length=4, **options)
+        whole = zip(alone["input_ids"], alone["assistant_masks"])
+        kept = list(whole)[-4:] if cut_side == "left" else list(whole)[:4]
+        assert list(zip(cut["input_ids"], cut["assistant_masks"])) == kept
+
+
 @pytest.mark.skipif(not hasattr(PreTrainedTokenizer, "apply_chat_template"), reason="transformers < 4.34")
 def test_template_of_the_user_is_left_to_transformers(tiny):
     template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }};{% endfor %}"
     messages = as_messages([("hi", "hello")])
     assert tiny.apply_chat_template(messages, chat_template=template, tokenize=False) == "user: hi;assistant: hello;"
+    ids = tiny.apply_chat_template(messages, chat_template=template, return_tensors="np", padding=True)
+    assert tiny.decode((ids if isinstance(ids, np.ndarray) else ids["input_ids"])[0]) == "user: hi;assistant: hello;"
     own = copy.deepcopy(tiny)
     own.chat_template = template
     assert own.apply_chat_template(messages, tokenize=False) == "user: hi;assistant: hello;"
@@ -536,7 +567,7 @@ def test_file_that_is_no_ice_text_model_is_refused(tiny_sp_model, tmp_path, spoi
 def test_missing_vocabulary_is_said_in_one_line_with_its_cure(tmp_path, tiny_sp_model):
     folder = model_folder(tmp_path, tiny_sp_model)
     (folder / "ice_text.model").unlink()
-    with pytest.raises(Exception, match="python slim.py THUDM/chatglm-6b OUT") as error:
+    with pytest.raises(ValueError, match="python slim.py THUDM/chatglm-6b OUT") as error:
         AutoTokenizer.from_pretrained(str(folder), trust_remote_code=True)
     assert "\n" not in str(error.value)
 
@@ -582,6 +613,14 @@ def test_lone_surrogate_is_named(tiny, encode):
 def test_what_is_no_text_is_refused(tiny, text):
     with pytest.raises((ValueError, TypeError)):
         tiny(text)
+
+
+def test_lower_case_and_space_settings_leave_special_tokens_alone(load, tiny_sp_model, tiny):
+    lower = load(tiny_sp_model, do_lower_case=True)
+    assert lower("SAY Hi [MASK] <eop>")["input_ids"] == tiny("say hi [MASK] <eop>")["input_ids"]
+    assert lower(["SAY", "Hi [MASK]"])["input_ids"] == tiny(["say", "hi [MASK]"])["input_ids"]
+    one_space = load(tiny_sp_model, remove_space=True)
+    assert one_space("  a \n\t b  ")["input_ids"] == tiny("a b")["input_ids"]
 
 
 def test_decode_takes_every_form_of_ids(tiny):
