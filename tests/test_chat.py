@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from chatglm_slim.modeling_chatglm import without_oldest_round
+from chatglm_slim.chat import without_oldest_round
 from chatglm_slim.tokenization_chatglm import ChatGLMTokenizer
 from transformers import LogitsProcessor, LogitsProcessorList
 
