@@ -63,11 +63,11 @@ def toolkit(tmp_path_factory) -> Path:
     return folder
 
 
-CUBINS = {}
+CUBINS: dict[tuple[int, int], bytes] = {}
 
 
 def compiled_once(nvrtc, capability) -> bytes:
-    """_compile, for all tests together; the tests of _compile itself have `compiling`."""
+    """_compile, once for all tests; those of _compile itself use `compiling`."""
     if capability not in CUBINS:
         CUBINS[capability] = COMPILE(nvrtc, capability)
     return CUBINS[capability]
@@ -75,6 +75,7 @@ def compiled_once(nvrtc, capability) -> bytes:
 
 @pytest.fixture
 def compiling(emulated, monkeypatch):
+    """The true _compile, with nothing compiled yet."""
     monkeypatch.setattr(cuda_kernels, "_compile", COMPILE)
     COMPILE.cache_clear()
 
@@ -121,8 +122,7 @@ def test_every_target_compiles_without_spills_and_with_at_most_96_registers():
         assert set(result.registers) == set(build.kernel_names())
         assert not any(result.spilled.values()), f"NVRTC {result.nvrtc} spills on {result.target}: {result.spilled}"
         assert max(result.registers.values()) <= 96
-    newest = {result.target for result in results}
-    assert {"sm_75", "sm_80", "sm_86", "sm_89", "sm_90"} <= newest
+    assert {"sm_75", "sm_80", "sm_86", "sm_89", "sm_90"} <= {result.target for result in results}
 
 
 @needs_nvrtc

@@ -12,9 +12,6 @@ PAGE = mmap.PAGESIZE
 FORBIDDEN, READ_ONLY = 0, 1  # PROT_NONE, PROT_READ
 FILL = 0xA5
 
-_mprotect = ctypes.CDLL(None, use_errno=True).mprotect
-_mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-
 
 class Guarded:
     """A tensor that ends (or begins) at a forbidden page, at a multiple of 16 bytes like GPU memory.
@@ -35,8 +32,10 @@ class Guarded:
         self._protect(PAGE + self.room, PAGE, FORBIDDEN)
 
     def _protect(self, offset: int, size: int, rights: int) -> None:
+        mprotect = ctypes.CDLL(None, use_errno=True).mprotect
+        mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
         start = self.tensor.data_ptr() - self.offset
-        if _mprotect(start + offset, size, rights):
+        if mprotect(start + offset, size, rights):
             raise OSError(ctypes.get_errno(), "mprotect")
 
     def make_read_only(self) -> Tensor:
