@@ -9,7 +9,7 @@ import pytest
 import torch
 from chatglm_slim import cpu_kernels
 from chatglm_slim.cpu_kernel_ir import Variant, kernel_ir
-from chatglm_slim.cpu_kernels import dequantize, instruction_set, linear
+from chatglm_slim.cpu_kernels import decode_attention, dequantize, instruction_set, linear
 
 INSTRUCTION_SETS = ("avx2", "avx512", "avx512_bf16")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -258,6 +258,56 @@ def test_text_that_llvm_rejects_is_replaced_with_one_warning(monkeypatch):
         assert dequantize(weight, scale, 4, torch.float32) is None
 
 
+def make_states(batch, heads, tokens, size, dtype):
+    """query [B, H, 1, D] as a transposed view; keys and values as views of buffers with room for more tokens."""
+    generator = torch.Generator().manual_seed(tokens)
+    query = torch.randn(batch, 1, heads, size, generator=generator).to(dtype).transpose(1, 2)
+    buffers = (torch.randn(batch, heads, tokens + 9, size, generator=generator).to(dtype) for _ in range(2))
+    return query, *(buffer[:, :, :tokens] for buffer in buffers)
+
+
+def exact_attention(query, key, value, visible=None):
+    scores = query.double() @ key.double().mT / query.shape[-1] ** 0.5
+    if visible is not None:
+        scores = scores.masked_fill(~visible, float("-inf"))
+    return scores.softmax(-1) @ value.double()
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 32, 100, 128), (2, 3, 1, 64), (3, 2, 333, 32), (1, 2, 50, 256)], ids=str)
+def test_decode_attention_rounds_only_its_result(isa, dtype, shape):
+    query, key, value = make_states(*shape, dtype)
+    hidden = torch.zeros(shape[0], 1, 1, shape[2], dtype=torch.bool)
+    hidden[-1, ..., : shape[2] // 2] = True
+    for visible in (None, ~hidden):
+        context, expected = decode_attention(query, key, value, visible), exact_attention(query, key, value, visible)
+        assert context.dtype == dtype and context.shape == expected.shape
+        assert ((context - expected).abs() <= ROUNDING[dtype] * expected.abs() + 3e-6).all()
+
+
+@needs_kernels
+def test_decode_attention_never_reads_the_room_behind_the_last_token():
+    query, key, value = make_states(1, 2, 5, 64, torch.bfloat16)
+    key._base[:, :, 5:], value._base[:, :, 5:] = float("nan"), float("nan")
+    assert decode_attention(query, key, value).isfinite().all()
+
+
+@needs_kernels
+def test_decode_attention_refuses_what_it_does_not_serve():
+    query, key, value = make_states(1, 2, 5, 64, torch.float32)
+    assert decode_attention(query, key, value) is not None
+    assert decode_attention(query.expand(1, 2, 2, 64), key, value) is None  # two new tokens
+    assert decode_attention(query, key.transpose(2, 3).contiguous().transpose(2, 3), value) is None  # tokens apart
+    assert decode_attention(query[..., :40], key[..., :40], value[..., :40]) is None
+    assert decode_attention(query, key.bfloat16(), value) is None
+    assert decode_attention(query, key[:, :1], value[:, :1]) is None
+    assert decode_attention(query.double(), key.double(), value.double()) is None
+    assert decode_attention(query.requires_grad_(), key, value) is None
+    with torch.no_grad():
+        assert decode_attention(query, key, value) is not None
+
+
 @pytest.mark.parametrize("x_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_without_llvmlite_torchs_int8_kernel_serves_few_rows(no_llvmlite, bits, x_dtype):
@@ -275,6 +325,7 @@ def test_without_llvmlite_the_rest_is_left_to_plain_torch(no_llvmlite):
     assert linear(make_x(1, 256, torch.float32), grouped, scales, 8) is None
     assert linear(make_x(1, 256, torch.float32), make_weight(64, 256, 16)[0], None, 16) is None
     assert dequantize(weight, scale, 8, torch.float32) is None
+    assert decode_attention(*make_states(1, 2, 5, 64, torch.bfloat16)) is None
 
 
 @needs_kernels

@@ -1,0 +1,172 @@
+"""The products of one ChatGLM-6B layer on this CPU: our kernels, torch's, and the time of only reading the bytes.
+
+    python benchmarks/cpu_kernels.py [--rows 1 2 4 128 512] [--runs 9] [--head] [--threads N]
+
+All candidates of one number of rows run alternately in one process, since the memory bandwidth of a machine drifts.
+A time is the sum over the four matrices of a layer (201 million weights) of their medians over the runs. `share` is
+the time of reading the same bytes, in the same run, over the time of the product. Candidates that are far slower than
+the rest run once. Needs 3 GB of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+import types
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from machine import describe, load_average
+
+ROOT = Path(__file__).resolve().parents[1]
+LAYER = ((12288, 4096), (4096, 4096), (16384, 4096), (4096, 16384))  # query_key_value, dense, dense_h_to_4h, _4h_to_h
+HEAD = ((130528, 4096),)
+
+
+def load_kernels():
+    package = sys.modules["chatglm_slim"] = types.ModuleType("chatglm_slim")
+    package.__path__ = [str(ROOT)]
+    from chatglm_slim import cpu_kernels, quantization
+
+    return cpu_kernels, quantization
+
+
+class Matrix:
+    """One weight in every format, random; the 16-bit forms are made when a candidate asks for them."""
+
+    def __init__(self, rows: int, columns: int):
+        self.shape = (rows, columns)
+        self.int8 = torch.randint(-127, 128, (rows, columns), dtype=torch.int8)
+        self.int4 = torch.randint(-128, 128, (rows, columns // 2), dtype=torch.int8)
+        self.scale = torch.rand(rows).mul(1e-3).bfloat16()
+        self.groups = {group: torch.rand(rows, columns // group).mul(1e-3).bfloat16() for group in (32, 128)}
+        self._made: dict = {}
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        if dtype not in self._made:
+            self._made[dtype] = self.int8.to(dtype)
+        return self._made[dtype]
+
+    def packed(self, group: int) -> tuple:
+        """torch's own INT4 format of the same size, and its scales with zero points."""
+        if group not in self._made:
+            values = torch.randint(0, 16, self.shape, dtype=torch.int32)
+            scales = torch.rand(self.shape[1] // group, self.shape[0], 2).bfloat16()
+            self._made[group] = (torch._convert_weight_to_int4pack_for_cpu(values, 1), scales)
+        return self._made[group]
+
+
+def candidates(kernels, quantization) -> dict:
+    """name -> (type of the activations, bytes per weight, function of x and a Matrix, most rows that make sense)."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+
+    def eager(bits):
+        def run(x, m):
+            weight = quantization.dequantize_weight(m.int8 if bits == 8 else m.int4, m.scale, bits, x.dtype)
+            return F.linear(x, weight)
+
+        return run
+
+    def ours(bits, group=0):
+        stored = "int8" if bits == 8 else "int4"
+        return lambda x, m: kernels.linear(x, getattr(m, stored), m.groups[group] if group else m.scale, bits)
+
+    return {
+        "bfloat16, ours": (bf16, 2, lambda x, m: kernels.linear(x, m.dense(bf16), None, 16), 64),
+        "bfloat16, F.linear": (bf16, 2, lambda x, m: F.linear(x, m.dense(bf16)), 4096),
+        "float16, ours": (fp16, 2, lambda x, m: kernels.linear(x, m.dense(fp16), None, 16), 4096),
+        "float16, F.linear": (fp16, 2, lambda x, m: F.linear(x, m.dense(fp16)), 128),
+        "int8, ours": (bf16, 1, ours(8), 4096),
+        "int8, ours, float32 x": (fp32, 1, ours(8), 4096),
+        "int8, _weight_int8pack_mm": (bf16, 1, lambda x, m: torch._weight_int8pack_mm(x, m.int8, m.scale), 128),
+        "int8, dequantize + matmul": (bf16, 1, eager(8), 4096),
+        "int4, ours": (bf16, 0.5, ours(4), 4096),
+        "int4, ours, float32 x": (fp32, 0.5, ours(4), 4096),
+        "int4 groups of 128, ours": (bf16, 0.5, ours(4, 128), 4096),
+        "int4 groups of 32, ours": (bf16, 0.5, ours(4, 32), 4096),
+        "int4 groups of 32, int4pack_mm": (
+            bf16,
+            0.5,
+            lambda x, m: torch._weight_int4pack_mm_for_cpu(x, m.packed(32)[0], 32, m.packed(32)[1]),
+            128,
+        ),
+        "int4, dequantize + matmul": (bf16, 0.5, eager(4), 4096),
+    }
+
+
+def readers() -> dict:
+    """Bytes per weight -> a pass that only reads as many."""
+    return {
+        2: lambda x, m: m.dense(torch.bfloat16).view(torch.int64).sum(),
+        1: lambda x, m: m.int8.view(torch.int64).sum(),
+        0.5: lambda x, m: m.int4.view(torch.int64).sum(),
+    }
+
+
+def timed(function, inputs, matrices) -> list[float]:
+    """Seconds for each matrix; empty where the function does not serve."""
+    seconds = []
+    for x, matrix in zip(inputs, matrices):
+        start = time.perf_counter()
+        if function(x, matrix) is None:
+            return []
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def measure(rows: int, matrices: list[Matrix], kernels, quantization, runs: int) -> list[tuple]:
+    """(name, bytes, seconds) of every candidate, the passes that only read first."""
+    xs = {dtype: [torch.randn(rows, m.shape[1]).to(dtype) for m in matrices] for dtype in kernels.IR_TYPES}
+    weights = sum(m.shape[0] * m.shape[1] for m in matrices)
+    cases = {f"only read, {size} bytes": (torch.bfloat16, size, reader, 1) for size, reader in readers().items()}
+    cases.update({name: case for name, case in candidates(kernels, quantization).items() if rows <= case[3]})
+    times, results = {}, []
+    for name, (dtype, _, run, _) in cases.items():
+        times[name] = [timed(run, xs[dtype], matrices) for _ in range(2)][1:]
+    slow = {name for name, seconds in times.items() if sum(seconds[0]) > 0.2 * max(1, rows / 8)}
+    for _ in range(runs - 1):
+        for name in cases.keys() - slow:
+            dtype, _, run, _ = cases[name]
+            times[name].append(timed(run, xs[dtype], matrices))
+    for name, (_, size, _, _) in cases.items():
+        if times[name][0]:
+            results.append((name, size * weights, sum(statistics.median(matrix) for matrix in zip(*times[name]))))
+    return results
+
+
+def report(rows: int, results: list[tuple], weights: int) -> None:
+    reading = {size: seconds for name, size, seconds in results if name.startswith("only read")}
+    print(f"\n{rows} rows of activations, load average {load_average():.1f}")
+    print(f"| {'product':32} |       ms |   GB/s | share of reading | GFLOP/s |")
+    print(f"| {'-' * 32} | -------: | -----: | ---------------: | ------: |")
+    for name, size, seconds in results:
+        flops = 0 if name.startswith("only read") else 2 * weights * rows / seconds / 1e9
+        share = f"{reading[size] / seconds:16.0%}"
+        print(f"| {name:32} | {seconds * 1e3:8.2f} | {size / seconds / 1e9:6.1f} | {share} | {flops:7.0f} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 128, 512], help="rows of activations")
+    parser.add_argument("--runs", type=int, default=9, help="runs, of which the median counts")
+    parser.add_argument("--head", action="store_true", help="the output layer instead of one of the 28")
+    parser.add_argument("--threads", type=int, help="threads, torch's own choice by default")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    kernels, quantization = load_kernels()
+    print(describe())
+    print("instruction set of our kernels:", kernels.instruction_set() or "none (llvmlite is missing or no AVX2)")
+    matrices = [Matrix(*shape) for shape in (HEAD if options.head else LAYER)]
+    weights = sum(m.shape[0] * m.shape[1] for m in matrices)
+    with torch.inference_mode():
+        for rows in options.rows:
+            report(rows, measure(rows, matrices, kernels, quantization, options.runs), weights)
+
+
+if __name__ == "__main__":
+    main()
