@@ -2,24 +2,28 @@
 
 Unusual here, all of it fixed by the released checkpoints:
 * newlines, tabs and runs of blanks are spelled as pieces of their own (`<n>`, `<|tab|>`, `<|blank_k|>`);
-* a prompt ends with `[gMASK] <sop>`, a filled-in blank starts at `[MASK]`, and both answers end with `<eop>`;
+* a prompt ends with `[gMASK] <sop>`, a text with a blank to be filled has `[MASK]` there and ends with `<sop>`, and
+  the model closes what it writes with `<eop>`;
 * in the full vocabulary (150528 rows) 20000 image tokens come before the text pieces, in the slim one none do:
-  `num_image_tokens` is that one difference, and only `_piece_to_id` / `_id_to_piece` know it;
+  `num_image_tokens` is that difference, and `_ids_of` / `_pieces_of` are the way across;
 * the file of the first release lacks the last 344 pieces: `complete_sentencepiece` appends them.
 """
 
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Union
 
 import sentencepiece as spm
 from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
+
+logger = logging.getLogger(__name__)
 
 VOCAB_FILE = "ice_text.model"
 NUM_IMAGE_TOKENS = 20000  # rows of the full vocabulary that stand before the text pieces
@@ -223,13 +227,12 @@ def _split_conversation(conversation: Any) -> tuple[str, list[tuple[str, str | N
     """
     if not isinstance(conversation, (list, tuple)):
         raise ValueError(f"The history is {conversation!r}, not a list of (query, answer) pairs or of messages.")
-    turns = list(conversation)
-    system = ""
-    if turns and not isinstance(turns[0], dict):
-        return system, [_pair(turn, i, last=i == len(turns) - 1) for i, turn in enumerate(turns)]
-    texts = []
-    for i, turn in enumerate(turns):
-        if not isinstance(turn, dict) or "role" not in turn or "content" not in turn:
+    if conversation and not isinstance(conversation[0], Mapping):
+        last = len(conversation) - 1
+        return "", [_pair(turn, i, unanswered=i == last) for i, turn in enumerate(conversation)]
+    system, texts = "", []
+    for i, turn in enumerate(conversation):
+        if not isinstance(turn, Mapping) or "role" not in turn or "content" not in turn:
             raise ValueError(f"Message {i} is {turn!r}, not a dict with 'role' and 'content'.")
         content = _text(turn["content"], f"The content of message {i}")
         if i == 0 and turn["role"] == "system":
@@ -246,12 +249,13 @@ def _split_conversation(conversation: Any) -> tuple[str, list[tuple[str, str | N
     return system, list(zip(texts[::2], answers))
 
 
-def _pair(turn: Any, index: int, last: bool) -> tuple[str, str | None]:
+def _pair(turn: Any, index: int, unanswered: bool) -> tuple[str, str | None]:
+    """A (query, answer) pair; the answer may be None where `unanswered` allows it."""
     if not isinstance(turn, (tuple, list)) or len(turn) != 2:
         raise ValueError(f"Round {index} is {turn!r}, not a (query, answer) pair.")
     query, answer = turn
     query = _text(query, f"The query of round {index}")
-    return query, None if last and answer is None else _text(answer, f"The answer of round {index}")
+    return query, None if unanswered and answer is None else _text(answer, f"The answer of round {index}")
 
 
 def _prompt(system: str, rounds: list[tuple[str, str | None]], generation: bool = True) -> str:
@@ -362,16 +366,26 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         vocab.update(getattr(self, "added_tokens_encoder", {}))
         return vocab
 
+    def _ids_of(self, pieces: list[int]) -> list[int]:
+        """Token ids of SentencePiece's numbers."""
+        offset = self.num_image_tokens
+        return [piece + offset for piece in pieces] if offset else pieces
+
+    def _pieces_of(self, ids: list[int]) -> list[int]:
+        """SentencePiece's numbers of token ids; below 0 and beyond its last number there is no piece."""
+        offset = self.num_image_tokens
+        return [index - offset for index in ids] if offset else ids
+
     def _convert_token_to_id(self, token: str) -> int:
         image = token.startswith("<image_") and IMAGE_PIECE.fullmatch(token)
-        return int(image[1]) if image else self.sp.piece_to_id(token) + self.num_image_tokens
+        return int(image[1]) if image else self._ids_of([self.sp.piece_to_id(token)])[0]
 
     def _convert_id_to_token(self, index: int) -> str:
-        """ "" for the spare rows of the model (130344 to 130527), which no text leads to."""
+        """The piece, or nothing for the spare rows of the model (130344 to 130527), which no text leads to."""
         if 0 <= index < self.num_image_tokens:
             return f"<image_{index}>"
-        index -= self.num_image_tokens
-        return self.sp.id_to_piece(index) if 0 <= index < self.sp.get_piece_size() else ""
+        (piece,) = self._pieces_of([index])
+        return self.sp.id_to_piece(piece) if 0 <= piece < self.sp.get_piece_size() else ""
 
     # ---- text to ids -----------------------------------------------------------------------------------------
     def _spell(self, text: str) -> str:
@@ -386,7 +400,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """Pieces or piece numbers of spelled text; of a list of texts on all cores."""
         try:
             return self.sp.encode(text, out_type=out_type)
-        except (RuntimeError, TypeError) as error:
+        except (RuntimeError, TypeError, UnicodeError) as error:  # it differs with the version of SentencePiece
             for one in [text] if isinstance(text, str) else text:
                 lone = LONE_SURROGATE.search(one)
                 if lone:
@@ -402,15 +416,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def encode_text(self, text: str) -> list[int]:
         """Ids of text in which nothing is a control token: `<eop>` or `[MASK]` in it is spelled out.
 
+        So are tokens that you have added yourself: they are parsed by `tokenizer(text)` alone.
+
         Raises:
             ValueError: not a str, or a lone surrogate in it.
         """
-        return self._number(self._sp_encode(self._spell(_text(text, "The text to encode")), int))
-
-    def _number(self, pieces: list[int]) -> list[int]:
-        """Ids of piece numbers."""
-        offset = self.num_image_tokens
-        return [index + offset for index in pieces] if offset else pieces
+        return self._ids_of(self._sp_encode(self._spell(_text(text, "The text to encode")), int))
 
     def _parse_texts(self, texts: list[str], options: dict[str, Any]) -> list[list[int]]:
         """Ids of texts; special tokens and the user's tokens are parsed unless options["split_special_tokens"].
@@ -427,7 +438,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         threads = len(plain) >= THREADED_BATCH
         rows = iter(self._sp_encode(plain, int) if threads else [self._sp_encode(text, int) for text in plain])
         return [
-            self.convert_tokens_to_ids(self.tokenize(text)) if i in parsed else self._number(next(rows))
+            self.convert_tokens_to_ids(self.tokenize(text)) if i in parsed else self._ids_of(next(rows))
             for i, text in enumerate(texts)
         ]
 
@@ -435,7 +446,10 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """transformers' one door for a text and, from 5.0 on, for a batch; overridden for speed (4.23 to 5.23)."""
         encoded = None
         if isinstance(text, str) and not any(options.get(name) for name in TEXT_OPTIONS):
-            text = self._parse_texts([text], options)[0] or text  # ids are taken as well as text, but no empty list
+            text, text_pair = (
+                self._parse_texts([one], options)[0] or one if isinstance(one, str) else one
+                for one in (text, text_pair)  # ids are taken as well as text, but no empty list
+            )
         elif isinstance(text, (list, tuple)) and not hasattr(super(), "_batch_encode_plus"):
             if text_pair is None:
                 encoded = self._encode_batch(text, options)
@@ -502,13 +516,20 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         truncation_strategy: Any = "longest_first",
         stride: int = 0,
     ) -> tuple[list[int], list[int] | None, list[int]]:
-        """A part that would vanish stays whole, as up to 4.57; 5.x empties it, often with the rest still too long."""
+        """A part that would vanish stays whole, as up to 4.57; 5.x empties it, often with the rest still too long.
+
+        Checked on 4.23 to 5.23; how the rest is cut is left to transformers.
+        """
         strategy = getattr(truncation_strategy, "value", truncation_strategy)
         if num_tokens_to_remove <= 0:
             return ids, pair_ids, []
         part = pair_ids if strategy == "only_second" else ids
         only_part = strategy != "longest_first" or pair_ids is None
         if only_part and part is not None and len(part) <= num_tokens_to_remove:
+            logger.warning(
+                f"{num_tokens_to_remove} tokens are to be cut from a part of {len(part)} ({strategy}), which stays whole: "
+                "raise max_length, or choose another truncation strategy."
+            )
             return ids, pair_ids, []
         return super().truncate_sequences(ids, pair_ids, num_tokens_to_remove, truncation_strategy, stride)
 
@@ -527,10 +548,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         before, *others = _text(text, "The text with a blank").split(self.mask_token)
         if not others:
             raise ValueError(f"There is no {self.mask_token} in {text!r}: put one where the model is to write.")
-        parts = [before.rstrip(), *(part.strip() for part in others[:-1]), others[-1].lstrip()]
-        ids = self.encode_text(parts[0])
-        for part in parts[1:]:
-            ids = [*ids, self.mask_token_id, *self.encode_text(part)]
+        ids = self.encode_text(before.rstrip())
+        for part in (*(part.strip() for part in others[:-1]), others[-1].lstrip()):
+            ids += [self.mask_token_id, *self.encode_text(part)]
         return [*ids, self.bos_token_id]
 
     # ---- conversations ---------------------------------------------------------------------------------------
@@ -583,8 +603,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             add_generation_prompt (False): end with the words and the tokens that call for an answer.
             continue_final_message (False): leave the answer at the end open, without `<eop>`, to be continued.
             tokenize (True): ids; otherwise the text, in which control tokens are not written.
-            padding (False), truncation (False), max_length (None), return_tensors (None): as in `__call__`; what is
-                cut is the end of the text, but never the `[gMASK] <sop>` that calls for an answer.
+            padding (False), truncation (False), max_length (None), return_tensors (None): as in `__call__`; the
+                text is cut, but never the `[gMASK] <sop>` that calls for an answer.
             return_dict (None): None returns what transformers itself does: ids on 4.x, a BatchEncoding on 5.x.
             return_assistant_tokens_mask (False): add "assistant_masks": 1 for the answer after `[gMASK] <sop>`, the
                 only one that the model can learn from, since earlier ones are part of the prompt.
@@ -715,18 +735,17 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def _decode(self, token_ids: list[int], skip_special_tokens: bool = False, **kwargs: Any) -> str:
         hidden = {self.pad_token_id, *(self.all_special_ids if skip_special_tokens else ())}
         # control pieces print nothing anyway: this is for <unk>, and for special tokens that the user has added
-        hidden = {index for index in hidden if not self._is_control(index)}
+        hidden = {index for index in hidden if index is not None and not self._is_control(index)}
         if hidden and not hidden.isdisjoint(token_ids):
             token_ids = [index for index in token_ids if index not in hidden]
-        offset = self.num_image_tokens
         try:
-            text = self.sp.decode([index - offset for index in token_ids] if offset else token_ids)
+            text = self.sp.decode(self._pieces_of(token_ids))
         except IndexError:  # not all of them are pieces
             return self._decode_mixed(token_ids, kwargs.get("spaces_between_special_tokens", True))
         return _restore_whitespace(text)
 
     def _is_control(self, index: int) -> bool:
-        piece = index - self.num_image_tokens
+        (piece,) = self._pieces_of([index])
         return 0 <= piece < self.sp.get_piece_size() and self.sp.is_control(piece)
 
     def _decode_mixed(self, token_ids: list[int], spaces: bool) -> str:

@@ -410,6 +410,8 @@ def test_flags_decide_how_a_conversation_ends(tiny):
     assert ids["closed"] == ids["open"] + [tiny.eos_token_id]
     with pytest.raises(ValueError, match="ends with an answer"):
         tiny.apply_chat_template(answered, add_generation_prompt=True)
+    with pytest.raises(TemplateError, match="ends with an answer"):
+        template_text(answered, True)
     with pytest.raises(ValueError, match="ends with a query"):
         tiny.apply_chat_template(asked, continue_final_message=True)
 
@@ -621,6 +623,14 @@ def test_lower_case_and_space_settings_leave_special_tokens_alone(load, tiny_sp_
     assert lower(["SAY", "Hi [MASK]"])["input_ids"] == tiny(["say", "hi [MASK]"])["input_ids"]
     one_space = load(tiny_sp_model, remove_space=True)
     assert one_space("  a \n\t b  ")["input_ids"] == tiny("a b")["input_ids"]
+
+
+def test_cut_that_would_leave_nothing_leaves_the_text_and_says_so(tiny, caplog):
+    for text in ("你好", ["你好", "hi"]):
+        with caplog.at_level("WARNING"):
+            assert tiny(text, truncation=True, max_length=2)["input_ids"] == tiny(text)["input_ids"]
+        assert "raise max_length" in caplog.text
+        caplog.clear()
 
 
 def test_decode_takes_every_form_of_ids(tiny):
