@@ -33,7 +33,7 @@ from transformers.utils import logging
 from .chat import Answer, FiniteScores, Rounds, TokenTap, process_response, with_round
 from .configuration_chatglm import ChatGLMConfig
 from .cpu_kernel_ir import kernel_ir  # noqa: F401
-from .cpu_kernels import linear as cpu_linear  # noqa: F401
+from .cpu_kernels import decode_attention
 from .cuda_kernels import linear as cuda_linear  # noqa: F401
 from .kv_cache import Past, as_cache, cached_length, fixed_length, is_tracing
 from .quantization import (
@@ -222,8 +222,17 @@ class SelfAttention(nn.Module):
         if output_attentions or getattr(self.config, "_attn_implementation", None) == "eager":
             context, weights = eager_attention(query, key, value, visible)
         else:
-            context, weights = F.scaled_dot_product_attention(query, key, value, attn_mask=visible), None
+            context, weights = attention(query, key, value, visible), None
         return self.dense(context.transpose(1, 2).reshape(B, S, -1)), weights
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, visible: Optional[Tensor]) -> Tensor:
+    """query [B, H, S, D], key and value [B, H, K, D] -> [B, H, S, D]; a kernel for one new token on a CPU."""
+    if query.shape[2] == 1 and query.device.type == "cpu" and not is_tracing():
+        context = decode_attention(query, key, value, visible)
+        if context is not None:
+            return context
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
 
 
 def eager_attention(query: Tensor, key: Tensor, value: Tensor, visible: Optional[Tensor]) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from chatglm_slim import cpu_kernels, modeling_chatglm
 from chatglm_slim.configuration_chatglm import ChatGLMConfig
 from chatglm_slim.kv_cache import GrowingCache, as_cache
 from chatglm_slim.modeling_chatglm import (
@@ -321,6 +322,35 @@ def test_cached_steps_equal_one_pass(model):
         output = model(chunk, past_key_values=output.past_key_values, use_cache=True)
         logits.append(output.logits)
     torch.testing.assert_close(torch.cat(logits, dim=1), whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.float16, 0.01), (torch.bfloat16, 0.1)])
+@torch.no_grad()
+def test_attention_kernel_for_one_token_equals_torch(monkeypatch, dtype, bound):
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 128, "num_layers": 2, "num_attention_heads": 4, "inner_hidden_size": 128}
+    config = ChatGLMConfig(vocab_size=1472, bos_token_id=SOP, eos_token_id=EOP, **sizes)
+    model = ChatGLMForConditionalGeneration(config).eval().to(dtype)
+    batch = torch.cat((torch.cat((torch.full((1, 4), PAD), IDS), 1), torch.cat((IDS[:, :4], IDS), 1)))
+    served = []
+
+    def steps():
+        output = model(batch[:, :10], use_cache=True)
+        for index in range(10, batch.shape[1]):
+            output = model(batch[:, index, None], past_key_values=output.past_key_values, use_cache=True)
+        return output.logits.float()
+
+    def counted(*arguments):
+        context = cpu_kernels.decode_attention(*arguments)
+        served.append(context is not None)
+        return context
+
+    monkeypatch.setattr(modeling_chatglm, "decode_attention", counted)
+    through_kernel = steps()
+    if not any(served):
+        pytest.skip("no attention kernel on this machine (llvmlite is not installed)")
+    monkeypatch.setattr(modeling_chatglm, "decode_attention", lambda *arguments: None)
+    torch.testing.assert_close(through_kernel, steps(), rtol=0, atol=bound)
 
 
 @torch.no_grad()
