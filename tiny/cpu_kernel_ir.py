@@ -19,6 +19,9 @@ PANEL = 16  # rows of activations in one vector of a matrix product
 BLOCK_ROWS = 64  # rows of the weight that a thread unpacks at a time for a matrix product
 PREFETCH_LEVEL = 3  # into the first-level cache; measured best
 
+PREFETCH_BYTES = 4096  # how far ahead keys and values are asked for
+TYPE_BYTES = {"float": 4, "bfloat": 2, "half": 2}
+
 F32X16, BF16X32, I32X16, I16X32 = "<16 x float>", "<32 x bfloat>", "<16 x i32>", "<32 x i16>"
 NIBBLES = [n if n < 8 else n - 16 for n in range(16)]
 INTRINSICS = f"""
@@ -35,7 +38,7 @@ declare {F32X16} @llvm.x86.avx512bf16.dpbf16ps.512({F32X16}, {BF16X32}, {BF16X32
 class Variant(NamedTuple):
     """What one compiled kernel is for; the types are names of LLVM IR, or "" where there is none."""
 
-    kind: str  # "gemv", "gemm" or "dequantize"
+    kind: str  # a key of KERNELS
     isa: str  # "avx512_bf16", "avx512" or "avx2"
     bits: int  # 4, 8 or 16
     group: int  # columns per scale; 0 = one scale per row, or none
@@ -44,6 +47,7 @@ class Variant(NamedTuple):
     x: str  # type of the activations; for "dequantize", of the result
     rows: int = 0  # rows of activations of a gemv
     tile: int = 0  # rows of the weight at a time in a gemv
+    head_size: int = 0  # of attention; keys and values are "weights" of the type of x
 
     @property
     def dots_bf16(self) -> bool:
@@ -275,25 +279,15 @@ def _widened_int4(emit: Emitter, variant: Variant, pointer: str) -> list[str]:
 class Arguments:
     """The kernels' one argument: 64-bit words, the first two of which the threads count up."""
 
-    NAMES = (
-        "next_task",
-        "next_thread",
-        "weight",
-        "scale",
-        "x",
-        "y",
-        "scratch",
-        "rows",
-        "chunks",
-        "task_rows",
-        "panels",
-    )
+    COUNTERS = ("next_task", "next_thread")
     POINTERS = ("weight", "scale", "x", "y", "scratch")
+    NUMBERS = ("rows", "task_rows", "chunks", "panels", "tokens", "heads", "head_stride", "batch_stride")
+    NAMES = COUNTERS + POINTERS + NUMBERS
 
     def __init__(self, emit: Emitter) -> None:
         for number, name in enumerate(self.NAMES):
             word = emit.at("i64", "%arguments", number)
-            if name not in ("next_task", "next_thread"):
+            if name not in self.COUNTERS:
                 word = emit.load("i64", word)
             setattr(self, name, emit(f"inttoptr i64 {word} to ptr") if name in self.POINTERS else word)
 
@@ -303,7 +297,7 @@ def kernel_ir(variant: Variant) -> str:
     emit = Emitter()
     emit.do("define void @kernel(ptr %arguments) {", "entry:")
     args = Arguments(emit)
-    {"gemv": gemv, "gemm": gemm, "dequantize": dequantize_rows}[variant.kind](emit, variant, args)
+    KERNELS[variant.kind](emit, variant, args)
     emit.do("  ret void", "}")
     body = "\n".join(emit.lines)
     used = [line for line in INTRINSICS.splitlines() if line and line.split("@")[1].split("(")[0] in body]
@@ -608,3 +602,69 @@ def finish_tile(emit: Emitter, variant: Variant, args: Arguments, sums: str, fir
         of_row = emit.shuffle(f"<{size} x {kind}>", rows[0], list(range(8 * m, 8 * m + 8)))
         index = emit.op("add", place, emit.op("mul", args.rows, m))
         emit.store(f"<8 x {kind}>", of_row, emit.at(kind, args.y, index))
+
+
+# ---------------------------------------------------------------------------------------------- attention of one token
+
+
+def attention_scores(emit: Emitter, variant: Variant, args: Arguments) -> None:
+    """y[head, t] = x[head] . key[head, t] / sqrt(head size), with `rows` heads of all sequences of a batch."""
+    size = variant.head_size
+    scale = struct.unpack("<f", struct.pack("<f", size**-0.5))[0]
+    scale_bits = struct.unpack("<Q", struct.pack("<d", scale))[0]  # IR wants a float32 as the float64 it equals
+    with emit.tasks(args) as (first, last), emit.loop(last, 1, first) as head:
+        query = head_vectors(emit, variant, emit.at(variant.x, args.x, emit.op("mul", head.index, size)))
+        keys = head_start(emit, args, head.index)
+        y = emit.at("float", args.y, emit.op("mul", head.index, args.tokens))
+        with emit.loop(args.tokens) as token:
+            key = emit.at(variant.x, keys, emit.op("mul", token.index, size))
+            prefetch(emit, emit.at("i8", key, PREFETCH_BYTES), size * TYPE_BYTES[variant.x])
+            sums = ["zeroinitializer", "zeroinitializer"]
+            for v, vector in enumerate(head_vectors(emit, variant, key)):
+                sums[v % 2] = multiply_add(emit, variant, vector, query[v], sums[v % 2])
+            lanes = emit.op("fadd", *sums, F32X16)
+            total = emit(f"call reassoc float @llvm.vector.reduce.fadd.v16f32(float -0.0, {F32X16} {lanes})")
+            total = emit.op("fmul", total, f"0x{scale_bits:016X}", "float")
+            emit.store("float", total, emit.at("float", y, token.index))
+
+
+def attention_mix(emit: Emitter, variant: Variant, args: Arguments) -> None:
+    """y[head] = sum over t of scale[head, t] * value[head, t]; `scale` holds the attention weights."""
+    size = variant.head_size
+    in_float32 = variant._replace(isa="avx512")  # no pairs of tokens to multiply
+    with emit.tasks(args) as (first, last), emit.loop(last, 1, first) as head:
+        values = head_start(emit, args, head.index)
+        weights = emit.at("float", args.scale, emit.op("mul", head.index, args.tokens))
+        with emit.loop(args.tokens, carried=[(F32X16, "zeroinitializer")] * (size // 16)) as token:
+            value = emit.at(variant.x, values, emit.op("mul", token.index, size))
+            prefetch(emit, emit.at("i8", value, PREFETCH_BYTES), size * TYPE_BYTES[variant.x])
+            weight = splat(emit, emit.load("float", emit.at("float", weights, token.index)))
+            vectors = head_vectors(emit, in_float32, value)
+            token.update = [emit.fma(vector, weight, total) for vector, total in zip(vectors, token.values)]
+        y = emit.at(variant.x, args.y, emit.op("mul", head.index, size))
+        for v, total in enumerate(token.update):
+            emit.store(f"<16 x {variant.x}>", narrow(emit, variant.x, total), emit.at(variant.x, y, v * 16))
+
+
+def head_start(emit: Emitter, args: Arguments, head: str) -> str:
+    """Where the tokens of a head begin, counted through all sequences; the strides are in bytes."""
+    batch = emit.op("mul", emit.op("udiv", head, args.heads), args.batch_stride)
+    within = emit.op("mul", emit.op("urem", head, args.heads), args.head_stride)
+    return emit.at("i8", args.weight, emit.op("add", batch, within))
+
+
+def head_vectors(emit: Emitter, variant: Variant, pointer: str) -> list[str]:
+    """One query, key or value as vectors of `variant.vector`."""
+    if variant.dots_bf16:
+        return [emit.load(BF16X32, emit.at("i8", pointer, 2 * start)) for start in range(0, variant.head_size, 32)]
+    parts = [emit.at(variant.x, pointer, start) for start in range(0, variant.head_size, 16)]
+    return [emit.widen(variant.x, emit.load(f"<16 x {variant.x}>", part)) for part in parts]
+
+
+KERNELS = {
+    "gemv": gemv,
+    "gemm": gemm,
+    "dequantize": dequantize_rows,
+    "scores": attention_scores,
+    "mix": attention_mix,
+}

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .cpu_kernel_ir import BLOCK_ROWS, CHUNK, PANEL, TILE, Variant, kernel_ir
+from .cpu_kernel_ir import BLOCK_ROWS, CHUNK, PANEL, TILE, Arguments, Variant, kernel_ir
 
 GEMV_ROWS = 4  # rows of activations in one pass over the weight: more sums than that do not fit the registers
-FEW_ROWS = 8  # up to so many rows, passes of a gemv beat the matrix product; see benchmarks/cpu_kernels.py
+FEW_ROWS = {4: 16, 8: 12, 16: 8}  # bits -> up to so many rows, passes of a gemv beat a gemm; benchmarks/cpu_kernels.py
 TORCH_INT8_ROWS = 16  # up to so many rows, torch's INT8 kernel beats unpacking in plain PyTorch
 BF16_ROWS = (
     64  # from here on torch's own product of bfloat16 matrices is faster, where the CPU has instructions for it
@@ -50,7 +50,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int) -> Tensor
     if not _is_served(x, weight, scale, bits):
         return None
     rows = x.shape[0]
-    if rows <= FEW_ROWS or weight.shape[0] < BLOCK_ROWS:
+    if rows <= FEW_ROWS[bits] or weight.shape[0] < BLOCK_ROWS:
         y = _gemv(x, weight, scale, bits)
     else:
         y = _gemm(x, weight, scale, bits)
@@ -63,8 +63,45 @@ def dequantize(weight: Tensor, scale: Tensor | None, bits: int, dtype: torch.dty
     """scale * weight [N, K] as `dtype` in one pass, the float32 product rounded once; None where not served."""
     if dtype not in IR_TYPES or not _is_served(None, weight, scale, bits):
         return None
-    y = torch.empty(weight.shape[0], _columns(weight, bits), dtype=dtype)
-    return _dequantize_into(y, weight, scale, bits)
+    address = _kernel(_variant("dequantize", weight, scale, bits, dtype))
+    return None if address is None else _run_dequantize(address, weight, scale, bits, dtype)
+
+
+def decode_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None) -> Tensor | None:
+    """softmax(query @ key.T / sqrt(D)) @ value for one new token, as fast as memory gives the keys and values.
+
+    query: [B, H, 1, D]; key, value: [B, H, T, D], views of larger buffers allowed as long as a head's tokens are
+    contiguous; float32, bfloat16 or float16, all the same. visible: bool, broadcast to [B, H, 1, T]. Scores, weights
+    and sums are float32. Returns [B, H, 1, D]. Not differentiable. Served: CPU tensors with D % 32 == 0, D <= 256.
+    """
+    if not _attention_is_served(query, key, value):
+        return None
+    addresses = [_kernel(_attention_variant(kind, query)) for kind in ("scores", "mix")]
+    if None in addresses:
+        return None
+    scores = _run_scores(addresses[0], query, key)
+    if visible is not None:
+        scores.masked_fill_(~visible, float("-inf"))
+    return _run_mix(addresses[1], scores.softmax(-1), value)
+
+
+def _attention_is_served(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    if query.dim() != 4 or query.shape[2] != 1 or key.shape != value.shape or 0 in key.shape:
+        return False
+    batch, heads, _, size = query.shape
+    if key.dim() != 4 or key.shape[:2] != (batch, heads) or key.shape[3] != size or size % 32 or size > 256:
+        return False
+    states = (query, key, value)
+    if any(type(t) is not Tensor or t.device.type != "cpu" or t.dtype != query.dtype for t in states):
+        return False
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in states):
+        return False
+    return query.dtype in IR_TYPES and all(tensor.stride()[2:] == (size, 1) for tensor in (key, value))
+
+
+def _attention_variant(kind: str, query: Tensor) -> Variant:
+    name = IR_TYPES[query.dtype]
+    return Variant(kind, instruction_set(), 16, 0, weight=name, scale="", x=name, head_size=query.shape[-1])
 
 
 def _columns(weight: Tensor, bits: int) -> int:
@@ -108,30 +145,39 @@ def _types_are_known(*tensors: Tensor | None) -> bool:
 
 def _gemv(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int) -> Tensor | None:
     """Passes over the packed weight, GEMV_ROWS rows of x each."""
-    y = torch.empty(x.shape[0], weight.shape[0])
-    for start in range(0, x.shape[0], GEMV_ROWS):
-        part = x[start : start + GEMV_ROWS]
+    parts = []
+    for part in x.split(GEMV_ROWS):
         variant = _variant("gemv", weight, scale, bits, x.dtype, part.shape[0]).with_tile(x.shape[1])
         address = _kernel(variant)
         if address is None:
             return None
-        _launch(address, weight, scale, part, y[start:], bits, variant.gemv_scratch(x.shape[1]))
-    return y.to(x.dtype)
+        parts.append(_run_gemv(variant, address, part, weight, scale))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(x.dtype)
+
+
+def _run_gemv(variant: Variant, address: int, x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+    y = torch.empty(x.shape[0], weight.shape[0])
+    size = {"rows": weight.shape[0], "chunks": x.shape[1] // CHUNK}
+    _run(address, variant.gemv_scratch(x.shape[1]), weight=weight, scale=scale, x=x, y=y, **size)
+    return y
 
 
 def _gemm(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int) -> Tensor | None:
     """Unpacks the weight block by block in each thread's cache and multiplies it with all rows of x."""
     variant = _variant("gemm", weight, scale, bits, x.dtype)
-    if bits == 16 and variant.dots_bf16 and x.shape[0] > BF16_ROWS:
-        return None
+    if bits == 16 and variant.dots_bf16:
+        return None  # torch's own product is as fast
     address = _kernel(variant)
-    if address is None:
-        return None
+    return None if address is None else _run_gemm(variant, address, x, weight, scale)
+
+
+def _run_gemm(variant: Variant, address: int, x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
     y = torch.empty(-(-x.shape[0] // PANEL) * PANEL, weight.shape[0], dtype=x.dtype)
+    size = {"rows": weight.shape[0], "chunks": x.shape[1] // CHUNK, "task_rows": BLOCK_ROWS}
     for start in range(0, x.shape[0], SLAB_ROWS):
         panels = _panels(x[start : start + SLAB_ROWS], variant.dots_bf16)
         scratch = variant.gemm_scratch(len(panels))
-        _launch(address, weight, scale, panels, y[start:], bits, scratch, len(panels), task_rows=BLOCK_ROWS)
+        _run(address, scratch, weight=weight, scale=scale, x=panels, y=y[start:], panels=len(panels), **size)
     return y[: x.shape[0]]
 
 
@@ -145,6 +191,34 @@ def _panels(x: Tensor, pairs: bool) -> Tensor:
             panel.zero_()
         panel[:, : len(rows)].copy_(rows.t())
     return panels
+
+
+def _run_dequantize(address: int, weight: Tensor, scale: Tensor | None, bits: int, dtype: torch.dtype) -> Tensor:
+    y = torch.empty(weight.shape[0], _columns(weight, bits), dtype=dtype)
+    _run(address, weight=weight, scale=scale, y=y, rows=y.shape[0], chunks=y.shape[1] // CHUNK)
+    return y
+
+
+def _run_scores(address: int, query: Tensor, key: Tensor) -> Tensor:
+    """query [B, H, 1, D], key [B, H, T, D] -> scores [B, H, 1, T]."""
+    batch, heads, tokens, _ = key.shape
+    scores = torch.empty(batch, heads, 1, tokens)
+    _run(address, x=query.contiguous(), y=scores, **_heads(key))
+    return scores
+
+
+def _run_mix(address: int, weights: Tensor, value: Tensor) -> Tensor:
+    """weights [B, H, 1, T], value [B, H, T, D] -> context [B, H, 1, D]."""
+    context = torch.empty(*value.shape[:2], 1, value.shape[3], dtype=value.dtype)
+    _run(address, scale=weights, y=context, **_heads(value))
+    return context
+
+
+def _heads(states: Tensor) -> dict:
+    batch, heads, tokens, _ = states.shape
+    strides = [stride * states.element_size() for stride in states.stride()[:2]]
+    places = {"weight": states, "batch_stride": strides[0], "head_stride": strides[1]}
+    return {**places, "rows": batch * heads, "heads": heads, "tokens": tokens, "task_rows": 1}
 
 
 def _torch_linear(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int) -> Tensor | None:
@@ -161,11 +235,6 @@ def _torch_linear(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int) ->
         even, odd = inputs[:, ::2].contiguous(), inputs[:, 1::2].contiguous()
         y = (product(even, weight & -16, ones).float() + product(odd, weight << 4, ones).float()) / 16
     return (y * scale.float()).to(x.dtype)
-
-
-def _dequantize_into(y: Tensor, weight: Tensor, scale: Tensor | None, bits: int) -> Tensor | None:
-    address = _kernel(_variant("dequantize", weight, scale, bits, y.dtype))
-    return None if address is None else _launch(address, weight, scale, None, y, bits)
 
 
 # ---------------------------------------------------------------------------------------------- compiling, launching
@@ -245,27 +314,39 @@ def _compile(variant: Variant) -> tuple:
 
 def _check(variant: Variant, address: int) -> None:
     """Compares a kernel with plain torch in float64 on a small problem; raises RuntimeError where they differ."""
-    rows, columns = BLOCK_ROWS + TILE, variant.block_columns + CHUNK  # not whole blocks
-    weight, scale, exact = _example(variant, rows, columns)
-    if variant.kind == "dequantize":
-        y = torch.empty(rows, columns, dtype=_dtype(variant.x))
-        _launch(address, weight, scale, None, y, variant.bits)
-        wrong = y != exact.float().to(y.dtype)
+    if variant.head_size:
+        y, exact, bound = _checked_attention(variant, address)
+    elif variant.kind == "dequantize":
+        weight, scale, exact = _example(variant, BLOCK_ROWS + TILE, 3 * CHUNK)
+        exact, bound = exact.float().to(_dtype(variant.x)), 0
+        y = _run_dequantize(address, weight, scale, variant.bits, exact.dtype)
     else:
-        x = _noise(variant.rows or 2 * PANEL + 1, columns).to(_dtype(variant.x))
-        if variant.kind == "gemv":
-            y = torch.empty(len(x), rows)
-            _launch(address, weight, scale, x, y, variant.bits, variant.gemv_scratch(columns))
-        else:
-            y = torch.empty(3 * PANEL, rows, dtype=x.dtype)
-            panels = _panels(x, variant.dots_bf16)
-            _launch(address, weight, scale, panels, y, variant.bits, variant.gemm_scratch(3), 3, BLOCK_ROWS)
-        rounded_weight = 2.0**-9 if variant.kind == "gemm" and variant.dots_bf16 and variant.group else 0.0
-        magnitude, exact = x.double().abs() @ exact.abs().T, x.double() @ exact.T
-        bound = (1e-5 + rounded_weight) * magnitude + torch.finfo(y.dtype).eps * exact.abs()
-        wrong = ~((y[: len(x)] - exact).abs() <= bound)
+        y, exact, bound = _checked_product(variant, address)
+    wrong = ~((y - exact).abs() <= bound)
     if wrong.any():
         raise RuntimeError(f"{int(wrong.sum())} of {wrong.numel()} results differ from plain PyTorch")
+
+
+def _checked_product(variant: Variant, address: int) -> tuple[Tensor, Tensor, Tensor]:
+    columns = max(variant.block_columns, variant.slab_columns) + CHUNK  # neither blocks of rows nor columns are whole
+    weight, scale, exact = _example(variant, BLOCK_ROWS + TILE, columns)
+    x = _noise(variant.rows or 2 * PANEL + 1, columns).to(_dtype(variant.x))
+    y = (_run_gemv if variant.kind == "gemv" else _run_gemm)(variant, address, x, weight, scale)
+    rounded_weight = 2.0**-9 if variant.kind == "gemm" and variant.dots_bf16 and variant.group else 0.0
+    magnitude, exact = x.double().abs() @ exact.abs().T, x.double() @ exact.T
+    return y, exact, (1e-5 + rounded_weight) * magnitude + torch.finfo(y.dtype).eps * exact.abs()
+
+
+def _checked_attention(variant: Variant, address: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Two sequences of two heads, in buffers with room for more tokens."""
+    states = _noise(2, 2, 40, variant.head_size).to(_dtype(variant.x))[:, :, :37]
+    if variant.kind == "scores":
+        query = _noise(2, 2, 1, variant.head_size).to(states.dtype)
+        a, b, y = query.double() / variant.head_size**0.5, states.double().mT, _run_scores(address, query, states)
+    else:
+        weights = _noise(2, 2, 1, 37)
+        a, b, y = weights.double(), states.double(), _run_mix(address, weights, states)
+    return y, a @ b, 1e-5 * (a.abs() @ b.abs()) + torch.finfo(y.dtype).eps * (a @ b).abs()
 
 
 def _example(variant: Variant, rows: int, columns: int) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -303,28 +384,22 @@ def _openmp():
     return _machine["openmp"]
 
 
-def _launch(
-    address: int,
-    weight: Tensor,
-    scale: Tensor | None,
-    x: Tensor | None,
-    y: Tensor,
-    bits: int,
-    scratch: int = 0,
-    panels: int = 0,
-    task_rows: int = 0,
-) -> Tensor:
-    """Runs a kernel on torch's threads, each with `scratch` float32 of its own; see Arguments in cpu_kernel_ir.py."""
-    rows, chunks = weight.shape[0], _columns(weight, bits) // CHUNK
+def _run(address: int, scratch: int = 0, **arguments: Tensor | int | None) -> None:
+    """Runs a kernel on torch's threads, each with `scratch` float32 of its own; the names are those of Arguments."""
     parallel = _openmp()
     threads = torch.get_num_threads() if parallel else 1
     memory = torch.empty(threads * scratch + 16)  # 16 more for the alignment to 64 bytes
-    pointers = [0 if tensor is None else tensor.data_ptr() for tensor in (weight, scale, x, y)]
-    task_rows = task_rows or min(256, max(4 * TILE, rows // (8 * threads) // TILE * TILE))
-    words = (0, 0, *pointers, memory.data_ptr() + 63 & ~63, rows, chunks, task_rows, panels)
-    arguments = (ctypes.c_int64 * len(words))(*words)
+    words = (ctypes.c_int64 * len(Arguments.NAMES))()
+    for name, value in arguments.items():
+        if value is not None:
+            words[_WORD[name]] = value.data_ptr() if isinstance(value, Tensor) else value
+    words[_WORD["scratch"]] = memory.data_ptr() + 63 & ~63
+    if not words[_WORD["task_rows"]]:
+        words[_WORD["task_rows"]] = min(256, max(4 * TILE, arguments["rows"] // (8 * threads) // TILE * TILE))
     if threads == 1:
-        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)(ctypes.addressof(arguments))
+        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)(ctypes.addressof(words))
     else:
-        parallel(address, ctypes.addressof(arguments), threads, 0)
-    return y
+        parallel(address, ctypes.addressof(words), threads, 0)
+
+
+_WORD = {name: number for number, name in enumerate(Arguments.NAMES)}

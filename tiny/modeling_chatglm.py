@@ -15,8 +15,6 @@ R position rows (2 or 1), V vocabulary.
 import functools
 import inspect
 import os
-import queue
-import re
 import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Optional, Union
@@ -25,15 +23,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import checkpoint
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 # All files of the package: transformers before 5 copies only those that this one imports itself.
+from .chat import Answer, FiniteScores, Rounds, TokenTap, process_response, with_round
 from .configuration_chatglm import ChatGLMConfig
 from .cpu_kernel_ir import kernel_ir  # noqa: F401
-from .cpu_kernels import linear as cpu_linear  # noqa: F401
+from .cpu_kernels import decode_attention
 from .cuda_kernels import linear as cuda_linear  # noqa: F401
 from .kv_cache import Past, as_cache, cached_length, fixed_length, is_tracing
 from .quantization import (
@@ -222,8 +222,17 @@ class SelfAttention(nn.Module):
         if output_attentions or getattr(self.config, "_attn_implementation", None) == "eager":
             context, weights = eager_attention(query, key, value, visible)
         else:
-            context, weights = F.scaled_dot_product_attention(query, key, value, attn_mask=visible), None
+            context, weights = attention(query, key, value, visible), None
         return self.dense(context.transpose(1, 2).reshape(B, S, -1)), weights
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, visible: Optional[Tensor]) -> Tensor:
+    """query [B, H, S, D], key and value [B, H, K, D] -> [B, H, S, D]; a kernel for one new token on a CPU."""
+    if query.shape[2] == 1 and query.device.type == "cpu" and not is_tracing():
+        context = decode_attention(query, key, value, visible)
+        if context is not None:
+            return context
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
 
 
 def eager_attention(query: Tensor, key: Tensor, value: Tensor, visible: Optional[Tensor]) -> tuple[Tensor, Tensor]:
@@ -327,7 +336,8 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         """As in transformers; without a dtype the checkpoint's own is kept (4.x alone would widen it to float32), and
         the weights go straight into place where accelerate is installed. Checked on every rung of the ladder."""
         if "dtype" not in kwargs and "torch_dtype" not in kwargs:
-            kwargs["dtype" if hasattr(ChatGLMConfig, "dtype") else "torch_dtype"] = "auto"
+            renamed = any(hasattr(ChatGLMConfig, name) for name in ("dtype", "torch_dtype"))  # 4.56
+            kwargs["dtype" if renamed else "torch_dtype"] = "auto"
         kwargs.setdefault("low_cpu_mem_usage", has_accelerate())
         if isinstance(path, (str, os.PathLike)) and os.path.isdir(path) and not kwargs.get("state_dict"):
             folder = os.path.join(path, kwargs.get("subfolder") or "")
@@ -336,15 +346,15 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         return super().from_pretrained(path, *args, **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in transformers, as safetensors on every version: those below 4.35 must be asked to, and must be told not
-        to store a tied head twice."""
-        default = inspect.signature(PreTrainedModel.save_pretrained).parameters.get("safe_serialization")
-        if default is not None and default.default is False:
-            kwargs.setdefault("safe_serialization", True)
-            self._keys_to_ignore_on_save = (
-                list(self._tied_weights_keys or ()) if self.config.tie_word_embeddings else []
-            )
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        """As in transformers, as safetensors on every version. Those below 4.35 must be asked to, must be told not to
+        store a tied head twice, and then take modeling_chatglm.py for an old weight file and delete it."""
+        asked = inspect.signature(PreTrainedModel.save_pretrained).parameters.get("safe_serialization")
+        if asked is None or asked.default is not False or kwargs.get("push_to_hub"):
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        self._keys_to_ignore_on_save = list(self._tied_weights_keys) if self.config.tie_word_embeddings else None
+        super().save_pretrained(save_directory, *args, **{"safe_serialization": True, **kwargs})
+        custom_object_save(self, save_directory, config=self.config)
+        return None
 
     def _init_weights(self, module: nn.Module) -> None:
         # nn.init functions, not .data: transformers 5 guards those, so that loaded tensors are not overwritten.
@@ -731,13 +741,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     # --- chat ----------------------------------------------------------------------------------------------------
 
     def process_response(self, response: str) -> str:
-        """The official clean-up of an answer: outer blanks, the placeholder of the training date, and full-width
-        punctuation beside Chinese characters."""
-        response = response.strip().replace("[[训练时间]]", "2023年")
-        for half, full in FULL_WIDTH.items():
-            response = re.sub(rf"(?<=[{CHINESE}]){re.escape(half)}", full, response)
-            response = re.sub(rf"{re.escape(half)}(?=[{CHINESE}])", full, response)
-        return response
+        """The official clean-up of an answer; see chat.process_response."""
+        return process_response(response)
 
     @torch.no_grad()
     def chat(
@@ -771,12 +776,11 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: no room under max_length; scores that are not finite.
         """
-        sampling = {"do_sample": do_sample, "top_p": top_p, "temperature": temperature, "num_beams": num_beams}
-        prompt, arguments = self._chat_arguments(
-            tokenizer, query, history, max_length, logits_processor, answer_room, {**sampling, **kwargs}
-        )
+        kwargs.update(do_sample=do_sample, top_p=top_p, temperature=temperature, num_beams=num_beams)
+        rounds = Rounds(tokenizer, query, history, answer_room)
+        prompt, arguments = self._chat_arguments(rounds, max_length, logits_processor, kwargs)
         answer = Answer(tokenizer, prompt.shape[1], self.process_response, stop)
-        arguments["stopping_criteria"] = StoppingCriteriaList([*(arguments.get("stopping_criteria") or []), answer])
+        arguments["stopping_criteria"].append(answer)
         output = self.generate(input_ids=prompt, **arguments)
         output = output if torch.is_tensor(output) else output.sequences
         response = answer.text(output[0], finished=True)
@@ -801,12 +805,11 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
 
         Closing the generator (or leaving its loop) ends the generation.
         """
-        sampling = {"do_sample": do_sample, "top_p": top_p, "temperature": temperature}
-        prompt, arguments = self._chat_arguments(
-            tokenizer, query, history, max_length, logits_processor, answer_room, {**sampling, **kwargs}
-        )
+        kwargs.update(do_sample=do_sample, top_p=top_p, temperature=temperature)
+        rounds = Rounds(tokenizer, query, history, answer_room)
+        prompt, arguments = self._chat_arguments(rounds, max_length, logits_processor, kwargs)
         answer = Answer(tokenizer, prompt.shape[1], self.process_response, stop)
-        arguments["stopping_criteria"] = StoppingCriteriaList([*(arguments.get("stopping_criteria") or []), answer])
+        arguments["stopping_criteria"].append(answer)
         shown, ids = None, prompt
         for ids in self.stream_generate(prompt, **arguments):
             shown = answer.text(ids[0], finished=False)
@@ -842,23 +845,12 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             tap.stopped = True
             thread.join()
 
-    def _chat_arguments(self, tokenizer, query, history, max_length, logits_processor, answer_room, options):
+    def _chat_arguments(self, rounds: Rounds, max_length: int, logits_processor, options: dict[str, Any]):
         """Prompt ids [1, S] and the arguments of `generate` for one round of chat."""
         if options.get("max_new_tokens") is not None:
             max_length = None
-        ids = tokenizer.build_chat_input_ids(query, history)
-        while answer_room is not None and max_length is not None and len(ids) + answer_room > max_length:
-            shorter = without_oldest_round(history)
-            if shorter is None:
-                break
-            history = shorter
-            ids = tokenizer.build_chat_input_ids(query, history)
+        ids = rounds.prompt_within(max_length)
         if max_length is not None:
-            if len(ids) >= max_length:
-                raise ValueError(
-                    f"the prompt has {len(ids)} tokens and max_length is {max_length}: no room is left for an answer; "
-                    "raise max_length, shorten the history (answer_room=256 leaves out its oldest rounds) or the query"
-                )
             options["max_length"] = max_length
         if not options["do_sample"]:  # generate would warn that they have no effect
             options = {name: value for name, value in options.items() if name not in ("top_p", "temperature", "top_k")}
@@ -867,6 +859,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         prompt = torch.tensor([ids], device=self.device)
         options["attention_mask"] = torch.ones_like(prompt)
         options["logits_processor"] = LogitsProcessorList([*(logits_processor or []), FiniteScores()])
+        options["stopping_criteria"] = StoppingCriteriaList(options.get("stopping_criteria") or [])
         return prompt, options
 
 
@@ -880,103 +873,6 @@ def shifted_cross_entropy(logits: Tensor, labels: Tensor, num_items: Optional[in
         reduction="mean" if num_items is None else "sum",
     )
     return loss if num_items is None else loss / num_items
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Chat
-# ---------------------------------------------------------------------------------------------------------------------
-
-CHINESE = "\u4e00-\u9fff"
-FULL_WIDTH = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
-UNFINISHED = "\ufffd"  # what decoding makes of the first bytes of a character
-
-
-def is_messages(history: Optional[list]) -> bool:
-    return bool(history) and isinstance(history[0], dict)
-
-
-def with_round(history: Optional[list], query: str, response: str) -> list:
-    """A new history with one more round, in the form of the old one."""
-    if is_messages(history):
-        return [*history, {"role": "user", "content": query}, {"role": "assistant", "content": response}]
-    return [*(history or []), (query, response)]
-
-
-def without_oldest_round(history: Optional[list]) -> Optional[list]:
-    """`history` without its first question and answer; a system message stays. None when no round is left."""
-    if not is_messages(history):
-        return list(history[1:]) if history else None
-    system = [message for message in history if message.get("role") == "system"]
-    rounds = [message for message in history if message.get("role") != "system"]
-    starts = [index for index, message in enumerate(rounds) if message.get("role") == "user"]
-    if not starts:
-        return None
-    return system + (rounds[starts[1] :] if len(starts) > 1 else [])
-
-
-class FiniteScores(LogitsProcessor):
-    """Stops the generation where the scores make no sense; -inf alone is a processor's way to forbid a token."""
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if torch.isfinite(scores.amax(dim=-1)).all():  # NaN and inf both survive the maximum
-            return scores
-        raise ValueError(
-            f"the model's scores are not finite (dtype {scores.dtype}, token {input_ids.shape[1]}): float16 overflows "
-            "on some hardware and with some fine-tunes; load it with torch_dtype=torch.bfloat16 or torch.float32"
-        )
-
-
-class Answer(StoppingCriteria):
-    """The text of an answer: decoding, clean-up, and stop strings, in one place for chat and stream_chat."""
-
-    def __init__(self, tokenizer, prompt_length: int, process_response, stop: Optional[list[str]]):
-        self.tokenizer, self.prompt_length, self.process_response = tokenizer, prompt_length, process_response
-        self.stop = [stop] if isinstance(stop, str) else list(stop or [])
-
-    def decoded(self, ids: Tensor) -> tuple[str, bool]:
-        """The text of `ids` [n] behind the prompt, cut before the first stop string; and whether one was found."""
-        text = self.tokenizer.decode(ids[self.prompt_length :].tolist())
-        ends = [text.find(word) for word in self.stop if word in text]
-        return (text[: min(ends)], True) if ends else (text, False)
-
-    def text(self, ids: Tensor, finished: bool) -> str:
-        text, _ = self.decoded(ids)
-        return self.process_response(text if finished else text.rstrip(UNFINISHED))
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> bool:
-        return bool(self.stop) and self.decoded(input_ids[0])[1]
-
-
-class TokenTap(StoppingCriteria):
-    """Hands the ids of each step from the thread that generates to the one that reads.
-
-    A stopping criterion is the one public hook that every transformers version calls after each token (below 4.39 not
-    after a last one that another criterion stops at: that comes from the result).
-    """
-
-    def __init__(self):
-        self.queue, self.stopped, self.length = queue.Queue(), False, 0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> bool:
-        self.queue.put(input_ids)
-        self.length = input_ids.shape[1]
-        return self.stopped
-
-    def run(self, generate, arguments: dict[str, Any]) -> None:
-        try:
-            output = generate(**arguments)
-            ids = output if torch.is_tensor(output) else output.sequences
-            if ids.shape[1] > self.length:
-                self.queue.put(ids)
-            self.queue.put(None)
-        except BaseException as error:  # raised again where the tokens are read
-            self.queue.put(error)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        while (item := self.queue.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
 
 
 # transformers 4.29-4.31 and 4.45-4.51 copy the code on save_pretrained only for registered classes.

@@ -2,24 +2,28 @@
 
 Unusual here, all of it fixed by the released checkpoints:
 * newlines, tabs and runs of blanks are spelled as pieces of their own (`<n>`, `<|tab|>`, `<|blank_k|>`);
-* a prompt ends with `[gMASK] <sop>`, a filled-in blank starts at `[MASK]`, and both answers end with `<eop>`;
+* a prompt ends with `[gMASK] <sop>`, a text with a blank to be filled has `[MASK]` there and ends with `<sop>`, and
+  the model closes what it writes with `<eop>`;
 * in the full vocabulary (150528 rows) 20000 image tokens come before the text pieces, in the slim one none do:
-  `num_image_tokens` is that one difference, and only `_piece_to_id` / `_id_to_piece` know it;
+  `num_image_tokens` is that difference, and `_ids_of` / `_pieces_of` are the way across;
 * the file of the first release lacks the last 344 pieces: `complete_sentencepiece` appends them.
 """
 
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Union
 
 import sentencepiece as spm
 from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
+
+logger = logging.getLogger(__name__)
 
 VOCAB_FILE = "ice_text.model"
 NUM_IMAGE_TOKENS = 20000  # rows of the full vocabulary that stand before the text pieces
@@ -54,6 +58,7 @@ EXTENSION = (
 PIECES_FIELD, TRAINER_FIELD, BYTE_FALLBACK_FIELD = 1, 2, 35  # numbers in sentencepiece_model.proto
 
 History = Sequence[Union[tuple[str, str], dict[str, str]]]
+OWN_NAMES = ("gmask_token", "end_token", "eop_token")  # in settings files of ChatGLM; the last in the first release's
 TEMPLATE_MARK = "ChatGLMTokenizer.build_prompt"  # stands in chat_template.jinja: a template without it is the user's
 
 
@@ -157,11 +162,11 @@ def _piece_name(message: bytes) -> str:
     return next(_fields(message), (0, b"", 0, 0))[1].decode()
 
 
-def _load_sentencepiece(vocab_file: str | None) -> tuple[spm.SentencePieceProcessor, bool]:
+def _load_sentencepiece(vocab_file: str | None, folder: str) -> tuple[spm.SentencePieceProcessor, bool]:
     """The processor of a complete model, and whether the file already was one."""
     if vocab_file is None or not os.path.isfile(vocab_file):
         raise ValueError(
-            f"No {VOCAB_FILE} at {vocab_file or 'the given place'}: make a complete folder with "
+            f"No {VOCAB_FILE} at {vocab_file or folder}: make a complete folder with "
             "`python slim.py THUDM/chatglm-6b OUT`, or download that file from the Hub into the folder."
         )
     model = Path(vocab_file).read_bytes()
@@ -222,13 +227,12 @@ def _split_conversation(conversation: Any) -> tuple[str, list[tuple[str, str | N
     """
     if not isinstance(conversation, (list, tuple)):
         raise ValueError(f"The history is {conversation!r}, not a list of (query, answer) pairs or of messages.")
-    turns = list(conversation)
-    system = ""
-    if turns and not isinstance(turns[0], dict):
-        return system, [_pair(turn, i, last=i == len(turns) - 1) for i, turn in enumerate(turns)]
-    texts = []
-    for i, turn in enumerate(turns):
-        if not isinstance(turn, dict) or "role" not in turn or "content" not in turn:
+    if conversation and not isinstance(conversation[0], Mapping):
+        last = len(conversation) - 1
+        return "", [_pair(turn, i, unanswered=i == last) for i, turn in enumerate(conversation)]
+    system, texts = "", []
+    for i, turn in enumerate(conversation):
+        if not isinstance(turn, Mapping) or "role" not in turn or "content" not in turn:
             raise ValueError(f"Message {i} is {turn!r}, not a dict with 'role' and 'content'.")
         content = _text(turn["content"], f"The content of message {i}")
         if i == 0 and turn["role"] == "system":
@@ -245,12 +249,13 @@ def _split_conversation(conversation: Any) -> tuple[str, list[tuple[str, str | N
     return system, list(zip(texts[::2], answers))
 
 
-def _pair(turn: Any, index: int, last: bool) -> tuple[str, str | None]:
+def _pair(turn: Any, index: int, unanswered: bool) -> tuple[str, str | None]:
+    """A (query, answer) pair; the answer may be None where `unanswered` allows it."""
     if not isinstance(turn, (tuple, list)) or len(turn) != 2:
         raise ValueError(f"Round {index} is {turn!r}, not a (query, answer) pair.")
     query, answer = turn
     query = _text(query, f"The query of round {index}")
-    return query, None if last and answer is None else _text(answer, f"The answer of round {index}")
+    return query, None if unanswered and answer is None else _text(answer, f"The answer of round {index}")
 
 
 def _prompt(system: str, rounds: list[tuple[str, str | None]], generation: bool = True) -> str:
@@ -310,18 +315,13 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         **kwargs: Any,
     ) -> None:
         # transformers >= 4.34 asks for the vocabulary while its own __init__ runs
-        self.sp, complete = _load_sentencepiece(vocab_file)
+        self.sp, complete = _load_sentencepiece(vocab_file, kwargs.get("name_or_path") or "the given place")
         self.vocab_file = vocab_file
         self.num_image_tokens = (0 if complete else NUM_IMAGE_TOKENS) if num_image_tokens is None else num_image_tokens
         if self.num_image_tokens < 0:
             raise ValueError(f"num_image_tokens is {num_image_tokens}: it is 0 (slim) or {NUM_IMAGE_TOKENS} (full).")
         self.do_lower_case, self.remove_space = do_lower_case, remove_space
-        # transformers 5 would read every other `*_token` as a special token, to be parsed in text and hidden
-        for group in ("extra_special_tokens", "model_specific_special_tokens"):
-            if isinstance(kwargs.get(group), dict):
-                own = {"gmask_token", "end_token", "eop_token"}
-                kwargs[group] = {name: token for name, token in kwargs[group].items() if name not in own}
-        kwargs.pop("eop_token", None)
+        kwargs = _own_names_removed(kwargs)
         # tokenizer_config.json of the first release says </s>, but the model has always ended answers with <eop>
         eos_token = "<eop>" if str(eos_token) == str(end_token) else eos_token
         tokens = {"bos": bos_token, "eos": eos_token, "unk": unk_token, "pad": pad_token, "mask": mask_token}
@@ -366,16 +366,26 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         vocab.update(getattr(self, "added_tokens_encoder", {}))
         return vocab
 
+    def _ids_of(self, pieces: list[int]) -> list[int]:
+        """Token ids of SentencePiece's numbers."""
+        offset = self.num_image_tokens
+        return [piece + offset for piece in pieces] if offset else pieces
+
+    def _pieces_of(self, ids: list[int]) -> list[int]:
+        """SentencePiece's numbers of token ids; below 0 and beyond its last number there is no piece."""
+        offset = self.num_image_tokens
+        return [index - offset for index in ids] if offset else ids
+
     def _convert_token_to_id(self, token: str) -> int:
         image = token.startswith("<image_") and IMAGE_PIECE.fullmatch(token)
-        return int(image[1]) if image else self.sp.piece_to_id(token) + self.num_image_tokens
+        return int(image[1]) if image else self._ids_of([self.sp.piece_to_id(token)])[0]
 
     def _convert_id_to_token(self, index: int) -> str:
-        """ "" for the spare rows of the model (130344 to 130527), which no text leads to."""
+        """The piece, or nothing for the spare rows of the model (130344 to 130527), which no text leads to."""
         if 0 <= index < self.num_image_tokens:
             return f"<image_{index}>"
-        index -= self.num_image_tokens
-        return self.sp.id_to_piece(index) if 0 <= index < self.sp.get_piece_size() else ""
+        (piece,) = self._pieces_of([index])
+        return self.sp.id_to_piece(piece) if 0 <= piece < self.sp.get_piece_size() else ""
 
     # ---- text to ids -----------------------------------------------------------------------------------------
     def _spell(self, text: str) -> str:
@@ -390,7 +400,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """Pieces or piece numbers of spelled text; of a list of texts on all cores."""
         try:
             return self.sp.encode(text, out_type=out_type)
-        except (RuntimeError, TypeError) as error:
+        except (RuntimeError, TypeError, UnicodeError) as error:  # it differs with the version of SentencePiece
             for one in [text] if isinstance(text, str) else text:
                 lone = LONE_SURROGATE.search(one)
                 if lone:
@@ -406,15 +416,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def encode_text(self, text: str) -> list[int]:
         """Ids of text in which nothing is a control token: `<eop>` or `[MASK]` in it is spelled out.
 
+        So are tokens that you have added yourself: they are parsed by `tokenizer(text)` alone.
+
         Raises:
             ValueError: not a str, or a lone surrogate in it.
         """
-        return self._number(self._sp_encode(self._spell(_text(text, "The text to encode")), int))
-
-    def _number(self, pieces: list[int]) -> list[int]:
-        """Ids of piece numbers."""
-        offset = self.num_image_tokens
-        return [index + offset for index in pieces] if offset else pieces
+        return self._ids_of(self._sp_encode(self._spell(_text(text, "The text to encode")), int))
 
     def _parse_texts(self, texts: list[str], options: dict[str, Any]) -> list[list[int]]:
         """Ids of texts; special tokens and the user's tokens are parsed unless options["split_special_tokens"].
@@ -424,14 +431,14 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """
         split = options.get("split_special_tokens", getattr(self, "split_special_tokens", False))
         tokens = set() if split else {*self.all_special_tokens, *self.get_added_vocab()}
-        if self.do_lower_case:
-            tokens = {token.lower() for token in tokens}
+        if tokens and self.do_lower_case:
+            tokens = {""}  # in every text: transformers knows in what case it holds each token
         parsed = {i for i, text in enumerate(texts) if any(token in text for token in tokens)}
         plain = [self._spell(text) for i, text in enumerate(texts) if i not in parsed]
         threads = len(plain) >= THREADED_BATCH
         rows = iter(self._sp_encode(plain, int) if threads else [self._sp_encode(text, int) for text in plain])
         return [
-            self.convert_tokens_to_ids(self.tokenize(text)) if i in parsed else self._number(next(rows))
+            self.convert_tokens_to_ids(self.tokenize(text)) if i in parsed else self._ids_of(next(rows))
             for i, text in enumerate(texts)
         ]
 
@@ -439,7 +446,10 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """transformers' one door for a text and, from 5.0 on, for a batch; overridden for speed (4.23 to 5.23)."""
         encoded = None
         if isinstance(text, str) and not any(options.get(name) for name in TEXT_OPTIONS):
-            text = self._parse_texts([text], options)[0] or text  # ids are taken as well as text, but no empty list
+            text, text_pair = (
+                self._parse_texts([one], options)[0] or one if isinstance(one, str) else one
+                for one in (text, text_pair)  # ids are taken as well as text, but no empty list
+            )
         elif isinstance(text, (list, tuple)) and not hasattr(super(), "_batch_encode_plus"):
             if text_pair is None:
                 encoded = self._encode_batch(text, options)
@@ -506,13 +516,20 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         truncation_strategy: Any = "longest_first",
         stride: int = 0,
     ) -> tuple[list[int], list[int] | None, list[int]]:
-        """A part that would vanish stays whole, as up to 4.57; 5.x empties it, often with the rest still too long."""
+        """A part that would vanish stays whole, as up to 4.57; 5.x empties it, often with the rest still too long.
+
+        Checked on 4.23 to 5.23; how the rest is cut is left to transformers.
+        """
         strategy = getattr(truncation_strategy, "value", truncation_strategy)
         if num_tokens_to_remove <= 0:
             return ids, pair_ids, []
         part = pair_ids if strategy == "only_second" else ids
         only_part = strategy != "longest_first" or pair_ids is None
         if only_part and part is not None and len(part) <= num_tokens_to_remove:
+            logger.warning(
+                f"{num_tokens_to_remove} tokens are to be cut from a part of {len(part)} ({strategy}), which stays "
+                "whole: raise max_length, or choose another truncation strategy."
+            )
             return ids, pair_ids, []
         return super().truncate_sequences(ids, pair_ids, num_tokens_to_remove, truncation_strategy, stride)
 
@@ -524,14 +541,16 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
         Raises:
             ValueError: no `[MASK]` in the text.
+
+        >>> tokenizer.convert_ids_to_tokens(tokenizer.build_blank_input_ids("AI [MASK] AI"))
+        ['▁', 'AI', '[MASK]', '▁', 'AI', '<sop>']
         """
         before, *others = _text(text, "The text with a blank").split(self.mask_token)
         if not others:
             raise ValueError(f"There is no {self.mask_token} in {text!r}: put one where the model is to write.")
-        parts = [before.rstrip(), *(part.strip() for part in others[:-1]), others[-1].lstrip()]
-        ids = self.encode_text(parts[0])
-        for part in parts[1:]:
-            ids = [*ids, self.mask_token_id, *self.encode_text(part)]
+        ids = self.encode_text(before.rstrip())
+        for part in (*(part.strip() for part in others[:-1]), others[-1].lstrip()):
+            ids += [self.mask_token_id, *self.encode_text(part)]
         return [*ids, self.bos_token_id]
 
     # ---- conversations ---------------------------------------------------------------------------------------
@@ -546,6 +565,14 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
         Raises:
             ValueError: a history of another shape; it names the round or message.
+
+        >>> print(tokenizer.build_prompt("它在哪里", [("介绍一下清华大学", "清华大学是中国的大学。")]))
+        [Round 0]
+        问：介绍一下清华大学
+        答：清华大学是中国的大学。
+        [Round 1]
+        问：它在哪里
+        答：
         """
         system, rounds = _split_conversation([] if history is None else history)
         if rounds and rounds[-1][1] is None:
@@ -556,13 +583,44 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """Ids from which the model answers `query`: `build_prompt` in ids, then `[gMASK] <sop>`.
 
         Nothing in the query or the history becomes a control token.
+
+        >>> ids = tokenizer.build_chat_input_ids("What does <eop> mean?")
+        >>> tokenizer.convert_ids_to_tokens(ids[-2:]), tokenizer.eos_token_id in ids
+        (['[gMASK]', '<sop>'], False)
         """
         return self.build_inputs_with_special_tokens(self.encode_text(self.build_prompt(query, history)))
 
-    def apply_chat_template(
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
+        """A conversation, or a list of them, as text or ids: the ids of `build_chat_input_ids`.
+
+        Overridden (4.23, which has no such method, to 5.23) because a template is rendered before it is encoded, so
+        that what a user typed could become a control token, and because `[gMASK]` is never parsed. A template of your
+        own (`chat_template`, here or of the tokenizer) is left to transformers.
+
+        Args:
+            conversation: messages or (query, answer) pairs, as in `build_prompt`. It ends with a query (as a pair:
+                (query, None)) or with an answer; that follows `[gMASK] <sop>` and is closed by `<eop>`, to train on.
+            add_generation_prompt (False): end with the words and the tokens that call for an answer.
+            continue_final_message (False): leave the answer at the end open, without `<eop>`, to be continued.
+            tokenize (True): ids; otherwise the text, in which control tokens are not written.
+            padding (False), truncation (False), max_length (None), return_tensors (None): as in `__call__`; the
+                text is cut, but never the `[gMASK] <sop>` that calls for an answer.
+            return_dict (None): None returns what transformers itself does: ids on 4.x, a BatchEncoding on 5.x.
+            return_assistant_tokens_mask (False): add "assistant_masks": 1 for the answer after `[gMASK] <sop>`, the
+                only one that the model can learn from, since earlier ones are part of the prompt.
+            tokenizer_kwargs (None): further arguments of `pad`, such as `pad_to_multiple_of`.
+            Others, such as tools and documents, have no place in the text, and no effect.
+
+        Raises:
+            ValueError: a conversation of another shape, or a flag that does not fit its end.
+        """
+        if self._has_template_of_user(options.get("chat_template")):
+            return super().apply_chat_template(conversation, **options)
+        return self._apply_rounds(conversation, **options)
+
+    def _apply_rounds(
         self,
         conversation: Any,
-        *,
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
         tokenize: bool = True,
@@ -571,46 +629,24 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         max_length: int | None = None,
         return_tensors: str | None = None,
         return_dict: bool | None = None,
+        return_assistant_tokens_mask: bool = False,
         tokenizer_kwargs: dict[str, Any] | None = None,
-        **options: Any,
+        **_: Any,
     ) -> Any:
-        """A conversation, or a list of them, as text or ids: the ids of `build_chat_input_ids`.
-
-        Overridden (4.23, which has no such method, to 5.23) because a template is rendered before it is encoded, so
-        that what a user typed could become a control token, and because `[gMASK]` is never parsed. A template of your
-        own and masks of the assistant's tokens are left to transformers.
-
-        Args:
-            conversation: messages {"role", "content"} or (query, answer) pairs, as in `build_prompt`. It ends with a
-                query (as a pair: (query, None)) or with an answer; that one follows `[gMASK] <sop>` and is closed by
-                `<eop>`, which is the layout for training.
-            add_generation_prompt: end with the words and the tokens that call for an answer.
-            continue_final_message: leave the answer at the end open, without `<eop>`, to be continued.
-            truncation, max_length: cut the end of the text, but never the `[gMASK] <sop>` that calls for an answer.
-            return_dict: None returns what the installed transformers returns: ids on 4.x, a BatchEncoding on 5.x.
-            tokenizer_kwargs: further arguments of `pad`, such as `pad_to_multiple_of`.
-
-        Raises:
-            ValueError: a conversation of another shape, or a flag that does not fit its end.
-        """
-        flags = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
-        cut = {"truncation": truncation, "max_length": max_length}
-        form = {"padding": padding, "return_tensors": return_tensors, **(tokenizer_kwargs or {})}
-        if self._has_template_of_user(options.get("chat_template")) or options.get("return_assistant_tokens_mask"):
-            given = {**flags, **cut, **options, "padding": padding, "return_tensors": return_tensors}
-            given.update(return_dict=return_dict, tokenizer_kwargs=tokenizer_kwargs)
-            given = {name: value for name, value in given.items() if value is not None and value is not False}
-            return super().apply_chat_template(conversation, tokenize=tokenize, **given)
-
+        """`apply_chat_template` without a template: the rounds of `build_prompt`."""
         conversations, is_batch = _batch_of(conversation)
+        flags = (add_generation_prompt, continue_final_message)
         if not tokenize:
-            parts = [self._chat_parts(one, **flags) for one in conversations]
+            parts = [self._chat_parts(one, *flags) for one in conversations]
             texts = [prompt + (answer or "") for prompt, answer in parts]
             return texts if is_batch else texts[0]
-        rows = [self._chat_ids(one, flags, cut) for one in conversations]
-        encoded = self.pad({"input_ids": rows}, max_length=max_length, **form)
+        rows = [self._chat_ids(one, *flags, truncation=truncation, max_length=max_length) for one in conversations]
+        encoded = self._pad_chats(rows, padding=padding, max_length=max_length, **(tokenizer_kwargs or {}))
+        if not return_assistant_tokens_mask:
+            del encoded["assistant_masks"]
         if not is_batch and return_tensors is None:
-            encoded = BatchEncoding({name: values[0] for name, values in encoded.items()})
+            encoded = {name: values[0] for name, values in encoded.items()}
+        encoded = BatchEncoding(encoded, tensor_type=return_tensors)
         return encoded if _chat_returns_dict(return_dict) else encoded["input_ids"]
 
     def _has_template_of_user(self, given: str | None) -> bool:
@@ -638,13 +674,29 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             )
         return _prompt(system, rounds, generation=add_generation_prompt or answer is not None), answer
 
-    def _chat_ids(self, conversation: Any, flags: dict[str, bool], cut: dict[str, Any]) -> list[int]:
-        prompt, answer = self._chat_parts(conversation, **flags)
+    def _chat_ids(
+        self, conversation: Any, add_generation_prompt: bool, continue_final_message: bool, **cut: Any
+    ) -> tuple[list[int], int]:
+        """Ids of a conversation, cut, and how many of them come before the answer."""
+        prompt, answer = self._chat_parts(conversation, add_generation_prompt, continue_final_message)
         ids = self.encode_text(prompt)
-        if answer is not None:
-            ids = self.build_inputs_with_special_tokens(ids) + self.encode_text(answer)
-            ids += [] if flags["continue_final_message"] else [self.eos_token_id]
-        return self.prepare_for_model(ids, add_special_tokens=flags["add_generation_prompt"], **cut)["input_ids"]
+        if answer is None:
+            ids = self.prepare_for_model(ids, add_special_tokens=add_generation_prompt, **cut)["input_ids"]
+            return ids, len(ids)
+        prompt_ids = self.build_inputs_with_special_tokens(ids)
+        ids = [*prompt_ids, *self.encode_text(answer), *([] if continue_final_message else [self.eos_token_id])]
+        kept = self.prepare_for_model(ids, add_special_tokens=False, **cut)["input_ids"]
+        lost_in_front = len(ids) - len(kept) if self.truncation_side == "left" else 0
+        return kept, min(max(len(prompt_ids) - lost_in_front, 0), len(kept))
+
+    def _pad_chats(self, rows: list[tuple[list[int], int]], **form: Any) -> dict[str, list[list[int]]]:
+        """Padded rows, with masks of what is no padding and of what is the answer."""
+        encoded = dict(self.pad({"input_ids": [ids for ids, _ in rows]}, **form))
+        masks = [[0] * before + [1] * (len(ids) - before) for ids, before in rows]
+        padding = [[0] * (len(row) - len(mask)) for row, mask in zip(encoded["input_ids"], masks)]
+        left = self.padding_side == "left"
+        encoded["assistant_masks"] = [pad + mask if left else mask + pad for pad, mask in zip(padding, masks)]
+        return encoded
 
     # ---- ids to text -----------------------------------------------------------------------------------------
     def decode(
@@ -683,18 +735,17 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def _decode(self, token_ids: list[int], skip_special_tokens: bool = False, **kwargs: Any) -> str:
         hidden = {self.pad_token_id, *(self.all_special_ids if skip_special_tokens else ())}
         # control pieces print nothing anyway: this is for <unk>, and for special tokens that the user has added
-        hidden = {index for index in hidden if not self._is_control(index)}
+        hidden = {index for index in hidden if index is not None and not self._is_control(index)}
         if hidden and not hidden.isdisjoint(token_ids):
             token_ids = [index for index in token_ids if index not in hidden]
-        offset = self.num_image_tokens
         try:
-            text = self.sp.decode([index - offset for index in token_ids] if offset else token_ids)
+            text = self.sp.decode(self._pieces_of(token_ids))
         except IndexError:  # not all of them are pieces
             return self._decode_mixed(token_ids, kwargs.get("spaces_between_special_tokens", True))
         return _restore_whitespace(text)
 
     def _is_control(self, index: int) -> bool:
-        piece = index - self.num_image_tokens
+        (piece,) = self._pieces_of([index])
         return 0 <= piece < self.sp.get_piece_size() and self.sp.is_control(piece)
 
     def _decode_mixed(self, token_ids: list[int], spaces: bool) -> str:
@@ -719,6 +770,23 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         path = Path(save_directory, f"{filename_prefix}-{VOCAB_FILE}" if filename_prefix else VOCAB_FILE)
         path.write_bytes(self.sp.serialized_model_proto())
         return (str(path),)
+
+
+def _own_names_removed(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments for transformers, which of its own accord makes every `*_token` of a settings file a special token.
+
+    From 5.0 on such tokens would be parsed in text and hidden in answers, as the original does with neither. A list
+    of the user's special tokens, written by 5.x, goes by the name that 4.x knows too.
+    """
+    kwargs = {name: value for name, value in kwargs.items() if name not in OWN_NAMES}
+    for group in ("extra_special_tokens", "model_specific_special_tokens"):
+        tokens = kwargs.get(group)
+        if isinstance(tokens, dict):
+            kwargs[group] = {name: token for name, token in tokens.items() if name not in OWN_NAMES}
+    if isinstance(kwargs.get("extra_special_tokens"), (list, tuple)):
+        tokens = kwargs.pop("extra_special_tokens")
+        kwargs["additional_special_tokens"] = kwargs.get("additional_special_tokens") or list(tokens)
+    return kwargs
 
 
 def _batch_of(conversation: Any) -> tuple[list, bool]:
