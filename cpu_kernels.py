@@ -21,11 +21,8 @@ from torch import Tensor
 from .cpu_kernel_ir import BLOCK_ROWS, CHUNK, PANEL, TILE, Arguments, Variant, kernel_ir
 
 GEMV_ROWS = 4  # rows of activations in one pass over the weight: more sums than that do not fit the registers
-FEW_ROWS = 8  # up to so many rows, passes of a gemv beat the matrix product; see benchmarks/cpu_kernels.py
+FEW_ROWS = {4: 16, 8: 12, 16: 8}  # bits -> up to so many rows, passes of a gemv beat a gemm; benchmarks/cpu_kernels.py
 TORCH_INT8_ROWS = 16  # up to so many rows, torch's INT8 kernel beats unpacking in plain PyTorch
-BF16_ROWS = (
-    64  # from here on torch's own product of bfloat16 matrices is faster, where the CPU has instructions for it
-)
 SLAB_ROWS = 256  # rows of activations in one matrix product, so that they stay in the last-level cache
 IR_TYPES = {torch.float32: "float", torch.bfloat16: "bfloat", torch.float16: "half"}
 
@@ -50,7 +47,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int) -> Tensor
     if not _is_served(x, weight, scale, bits):
         return None
     rows = x.shape[0]
-    if rows <= FEW_ROWS or weight.shape[0] < BLOCK_ROWS:
+    if rows <= FEW_ROWS[bits] or weight.shape[0] < BLOCK_ROWS:
         y = _gemv(x, weight, scale, bits)
     else:
         y = _gemm(x, weight, scale, bits)
@@ -165,8 +162,8 @@ def _run_gemv(variant: Variant, address: int, x: Tensor, weight: Tensor, scale: 
 def _gemm(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int) -> Tensor | None:
     """Unpacks the weight block by block in each thread's cache and multiplies it with all rows of x."""
     variant = _variant("gemm", weight, scale, bits, x.dtype)
-    if bits == 16 and variant.dots_bf16 and x.shape[0] > BF16_ROWS:
-        return None
+    if bits == 16 and variant.dots_bf16:
+        return None  # torch's own product is as fast
     address = _kernel(variant)
     return None if address is None else _run_gemm(variant, address, x, weight, scale)
 

@@ -79,9 +79,13 @@ def test_linear_sums_exact_products_in_float32(isa, x_dtype, bits, group):
     for few in (1, 3, 6):  # passes of a gemv
         x = make_x(few, columns, x_dtype)
         assert_close(linear(x, weight, scale, bits), x, exact)
-    for many in (9, 33):  # a matrix product, which rounds weights with group scales to bfloat16
+    for many in (17, 33):  # a matrix product, which rounds weights with group scales to bfloat16
         x = make_x(many, columns, x_dtype)
-        assert_close(linear(x, weight, scale, bits), x, exact, extra=2.0**-9 if rounded else 0)
+        y = linear(x, weight, scale, bits)
+        if bits == 16 and x_dtype == torch.bfloat16 and isa == "avx512_bf16":
+            assert y is None  # left to torch, whose own product is as fast
+        else:
+            assert_close(y, x, exact, extra=2.0**-9 if rounded else 0)
 
 
 @needs_kernels
