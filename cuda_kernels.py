@@ -562,7 +562,9 @@ def _kernels_for(*tensors: Tensor) -> _Kernels | None:
 def _load_or_warn(device: torch.device) -> _Kernels | None:
     try:
         cpm = _cpm_kernels()
-        return _Kernels(cpm, device, _compile(cpm.library.nvrtc, _capability(device)))
+        kernels = _Kernels(cpm, device, _compile(cpm.library.nvrtc, _capability(device)))
+        _check(kernels, device)
+        return kernels
     except _Unavailable as error:
         _warn_once(str(error))
     except Exception as error:  # whatever a driver, a loader or a package may raise: named, then left to PyTorch
@@ -643,6 +645,58 @@ def _pip_package(name: str) -> str:
     """NVIDIA's pip package for torch's version of CUDA; since 13 its name has no suffix."""
     major = (torch.version.cuda or "").split(".")[0]
     return f"nvidia-{name}-cu{major}" if major in ("11", "12") else f"nvidia-{name}"
+
+
+# ---- Checking, once on every GPU ------------------------------------------------------------------------------------
+
+
+def _check(kernels: _Kernels, device: torch.device) -> None:
+    """_Unavailable unless this very GPU computes what PyTorch computes, on a matrix that takes milliseconds."""
+    for bits in (8, 4):
+        wrong = _wrong_kernel(kernels, device, bits)
+        if wrong:
+            raise _Unavailable(
+                f"The {wrong} of INT{bits} is wrong on this GPU. Please report that in the issue tracker of the "
+                "repository, with the name of the GPU and the versions of its driver and of torch."
+            )
+
+
+def _wrong_kernel(kernels: _Kernels, device: torch.device, bits: int) -> str | None:
+    """The first kernel whose numbers are not those of PyTorch on the CPU."""
+    limit, rows, columns = 2 ** (bits - 1), 9, 1056
+    cpu = torch.device("cpu")  # whatever the default device is
+    values = torch.arange(rows * columns, device=cpu).view(rows, columns) * 37 % (2 * limit) - limit  # every integer
+    scale = torch.linspace(0.001, 0.02, rows, dtype=torch.float32, device=cpu).half()
+    exact = values.double() * scale.double()[:, None]
+    packed = _packed(values, bits).to(device)
+    matrix = _describe(packed, scale.to(device), bits)
+
+    weight = torch.empty(rows, columns, dtype=torch.float16, device=device)
+    kernels.dequantize(matrix, bits, weight)
+    if not torch.equal(weight.cpu(), exact.half()):
+        return "extraction"
+    for m in (1, 5):
+        x = torch.arange(m * columns, dtype=torch.float32, device=cpu).sin().half().view(m, columns)
+        y = torch.empty(m, rows, dtype=torch.float16, device=device)
+        kernels.linear(matrix, bits, x.to(device), y)
+        expected, magnitude = x.double() @ exact.T, x.double().abs() @ exact.abs().T
+        if not bool(((y.cpu() - expected).abs() <= 1e-3 * expected.abs() + 1e-5 * magnitude).all()):
+            return f"product of {m} rows"
+    again, again_scale = torch.empty_like(packed), torch.empty(rows, dtype=torch.float16, device=device)
+    kernels.quantize(weight, bits, again, again_scale)
+    expected_scale = exact.half().abs().amax(dim=1) / (limit - 1)
+    expected = _packed((exact.half() / expected_scale[:, None]).round().long(), bits)
+    return (
+        None
+        if torch.equal(again.cpu(), expected) and torch.equal(again_scale.cpu(), expected_scale)
+        else "compression"
+    )
+
+
+def _packed(values: Tensor, bits: int) -> Tensor:
+    """Integers [N, K] as the format stores them."""
+    values = values.to(torch.int8)
+    return values if bits == 8 else (values[:, 0::2] & 15) << 4 | (values[:, 1::2] & 15)
 
 
 # ---- What cpm_kernels 1.0.11 lacks today ----------------------------------------------------------------------------

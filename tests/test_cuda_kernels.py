@@ -99,6 +99,12 @@ def emulated(toolkit, monkeypatch) -> ctypes.CDLL:
     return driver
 
 
+@pytest.fixture
+def unchecked(emulated, monkeypatch):
+    """For devices cuda:0 and cuda:1: launches on them can be emulated, tensors on them cannot."""
+    monkeypatch.setattr(cuda_kernels, "_check", lambda kernels, device: None)
+
+
 @pytest.fixture(scope="module")
 def ready():
     """Kernels that are loaded once for all tests of numbers."""
@@ -457,7 +463,7 @@ def test_the_first_use_loads_silently_and_leaves_nothing_patched(emulated, compi
 
 
 @needs_compilers
-def test_launches_go_to_the_tensors_device_and_to_its_current_stream(emulated):
+def test_launches_go_to_the_tensors_device_and_to_its_current_stream(emulated, unchecked):
     for index in (1, 0):
         device = torch.device("cuda", index)
         kernels = cuda_kernels._load_or_warn(device)
@@ -467,7 +473,7 @@ def test_launches_go_to_the_tensors_device_and_to_its_current_stream(emulated):
 
 
 @needs_compilers
-def test_a_runtime_library_of_its_own_does_not_send_cpm_kernels_to_another_gpu(emulated, monkeypatch):
+def test_a_runtime_library_of_its_own_does_not_send_cpm_kernels_to_another_gpu(emulated, monkeypatch, unchecked):
     monkeypatch.setattr(cuda_kernels, "_on", lambda device: contextlib.nullcontext())  # torch's copy; cpm's stays at 0
     kernels = cuda_kernels._load_or_warn(torch.device("cuda", 1))
     checks.check_linear(kernels, 1, 3, 64, 8, 1, torch.float16, torch.float16)
@@ -476,7 +482,7 @@ def test_a_runtime_library_of_its_own_does_not_send_cpm_kernels_to_another_gpu(e
 
 
 @needs_compilers
-def test_two_gpus_of_a_kind_are_compiled_for_once(compiling):
+def test_two_gpus_of_a_kind_are_compiled_for_once(compiling, unchecked):
     first, second = (cuda_kernels._load_or_warn(torch.device("cuda", index)) for index in (0, 1))
     assert first is not None
     assert second is not None
@@ -576,6 +582,26 @@ def test_a_driver_that_refuses_the_code_is_named_once(emulated, monkeypatch):
     assert y is None
     assert len(texts) == 1
     assert "no kernel image is available" in texts[0]
+
+
+@needs_compilers
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("zero point of INT4 off by one", "extraction of INT4"),
+        ("sum over half of the lanes", "product of 1 rows of INT8"),
+        ("tiles of x mistaken for blocks of W", "product of 5 rows of INT8"),
+        ("nibbles packed the other way round", "compression of INT4"),
+    ],
+)
+def test_kernels_that_are_wrong_on_a_gpu_are_not_used(emulated, tmp_path, monkeypatch, name, wrong):
+    mutant = next(mutant for mutant in mutants.MUTANTS if mutant.name == name)
+    build.build(mutants.mutated(mutant), tmp_path / "cuda", sanitized=False)
+    monkeypatch.setenv("CUDA_PATH", str(tmp_path / "cuda"))
+    y, texts = first_use()
+    assert y is None
+    assert len(texts) == 1
+    assert f"The {wrong} is wrong on this GPU. Please report" in texts[0]
 
 
 @needs_compilers
