@@ -97,8 +97,8 @@ class Bench:
     def run_group(self, group: str, layers: int, cells: dict[str, tuple[str, dict]], runs: int) -> None:
         """All models of a group at once, or where memory does not permit that one after the other, in each round."""
         models = [model for model in GROUPS[group] if self.options.peers or not model.peer]
-        sizes = [size_of(self.stored(model, layers)) * layers / max(layers, 1) for model in models]
-        together = sum(sizes) < 0.7 * machine.memory_total()
+        files = {file.stat().st_ino: file for model in models for file in files_of(self.stored(model, layers))}
+        together = sum(file.stat().st_size for file in files.values()) < 0.7 * machine.memory_total()
         with ExitStack() as stack:
             workers = {m: stack.enter_context(self.start(m, layers)) for m in models} if together else {}
             for _ in range(runs):

@@ -15,7 +15,13 @@ START = time.perf_counter()
 import torch  # noqa: E402
 from machine import resident_memory  # noqa: E402
 from remote import serve  # noqa: E402
-from transformers import AutoModel, StoppingCriteria, StoppingCriteriaList  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModel,
+    GenerationMixin,  # noqa: F401  a slow import that is not part of loading a model
+    PreTrainedModel,  # noqa: F401
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.utils import logging  # noqa: E402
 
 IMPORTED = time.perf_counter() - START
