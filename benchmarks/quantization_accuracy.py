@@ -98,9 +98,7 @@ def main() -> None:
     data = examples(tokenizer, folder)
     reference, weights = answer_logits(model, data), weights_of(model)
     gaussian = torch.randn(1024, 4096, generator=torch.Generator().manual_seed(0))
-    print(
-        "| format | bits a weight | SQNR, Gaussian | SQNR, model | perplexity | same best token |"
-    )
+    print("| format | bits a weight | SQNR, Gaussian | SQNR, model | perplexity | same best token |")
     print("| --- | --- | --- | --- | --- | --- |")
     print(f"| unquantized | 16 | | | {perplexity(reference, data):.4f} | 100 % |")
     for name, options in FORMATS.items():
