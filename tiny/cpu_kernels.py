@@ -11,6 +11,7 @@ After os.fork() a child may use one thread only (`torch.set_num_threads(1)`), as
 from __future__ import annotations
 
 import ctypes
+import functools
 import threading
 import warnings
 from pathlib import Path
@@ -23,9 +24,6 @@ from .cpu_kernel_ir import BLOCK_ROWS, CHUNK, PANEL, TILE, Arguments, Variant, k
 GEMV_ROWS = 4  # rows of activations in one pass over the weight: more sums than that do not fit the registers
 FEW_ROWS = {4: 16, 8: 12, 16: 8}  # bits -> up to so many rows, passes of a gemv beat a gemm; benchmarks/cpu_kernels.py
 TORCH_INT8_ROWS = 16  # up to so many rows, torch's INT8 kernel beats unpacking in plain PyTorch
-BF16_ROWS = (
-    64  # from here on torch's own product of bfloat16 matrices is faster, where the CPU has instructions for it
-)
 SLAB_ROWS = 256  # rows of activations in one matrix product, so that they stay in the last-level cache
 IR_TYPES = {torch.float32: "float", torch.bfloat16: "bfloat", torch.float16: "half"}
 
@@ -92,7 +90,7 @@ def _attention_is_served(query: Tensor, key: Tensor, value: Tensor) -> bool:
     if key.dim() != 4 or key.shape[:2] != (batch, heads) or key.shape[3] != size or size % 32 or size > 256:
         return False
     states = (query, key, value)
-    if any(type(t) is not Tensor or t.device.type != "cpu" or t.dtype != query.dtype for t in states):
+    if not all(_is_plain(tensor) and tensor.dtype == query.dtype for tensor in states):
         return False
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in states):
         return False
@@ -113,31 +111,30 @@ def _group(weight: Tensor, scale: Tensor | None, bits: int) -> int:
 
 
 def _is_served(x: Tensor | None, weight: Tensor, scale: Tensor | None, bits: int) -> bool:
-    stored_as = {4: (torch.int8,), 8: (torch.int8,), 16: (torch.float16, torch.bfloat16)}
-    if weight.dim() != 2 or weight.dtype not in stored_as.get(bits, ()):
+    of_x, of_scale = (None if tensor is None else (tensor.dtype, tensor.shape) for tensor in (x, scale))
+    if not _fits(bits, weight.dtype, weight.shape, of_x, of_scale):
         return False
-    rows, columns = weight.shape[0], _columns(weight, bits)
+    return all(_is_plain(tensor) and tensor.is_contiguous() for tensor in (x, weight, scale) if tensor is not None)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """On the CPU, and not a fake tensor of torch.compile or another subclass without memory of its own."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
+
+
+@functools.lru_cache(maxsize=1024)
+def _fits(bits: int, dtype: torch.dtype, shape: tuple, x: tuple | None, scale: tuple | None) -> bool:
+    """Whether types and shapes are served; x and scale are (type, shape) or None. Asked for every product: cached."""
+    stored_as = {4: (torch.int8,), 8: (torch.int8,), 16: (torch.float16, torch.bfloat16)}
+    if dtype not in stored_as.get(bits, ()) or len(shape) != 2 or (scale is None) != (bits == 16):
+        return False
+    rows, columns = shape[0], shape[1] * (2 if bits == 4 else 1)
     if rows % TILE or columns % CHUNK or rows == 0 or columns == 0:
         return False
-    if x is not None and (x.dim() != 2 or x.shape[1] != columns or x.shape[0] == 0):
+    if x is not None and (x[0] not in IR_TYPES or len(x[1]) != 2 or x[1][0] == 0 or x[1][1] != columns):
         return False
-    if (scale is None) != (bits == 16):
-        return False
-    if scale is not None and not _fits(scale, rows, columns):
-        return False
-    tensors = [tensor for tensor in (x, weight, scale) if tensor is not None]
-    plain = all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)  # no fake or wrapped tensors
-    return plain and all(t.device.type == "cpu" and t.is_contiguous() for t in tensors) and _types_are_known(x, scale)
-
-
-def _fits(scale: Tensor, rows: int, columns: int) -> bool:
-    if scale.dim() == 1:
-        return scale.shape[0] == rows
-    return scale.dim() == 2 and scale.shape[0] == rows and scale.shape[1] in (columns // g for g in (32, 64, 128))
-
-
-def _types_are_known(*tensors: Tensor | None) -> bool:
-    return all(tensor is None or tensor.dtype in IR_TYPES for tensor in tensors)
+    scale_shapes = [(rows,)] + [(rows, columns // group) for group in (32, 64, 128)]
+    return scale is None or (scale[0] in IR_TYPES and tuple(scale[1]) in scale_shapes)
 
 
 # ---------------------------------------------------------------------------------------------- the routes
@@ -146,7 +143,7 @@ def _types_are_known(*tensors: Tensor | None) -> bool:
 def _gemv(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int) -> Tensor | None:
     """Passes over the packed weight, GEMV_ROWS rows of x each."""
     parts = []
-    for part in x.split(GEMV_ROWS):
+    for part in x.split(GEMV_ROWS) if len(x) > GEMV_ROWS else (x,):
         variant = _variant("gemv", weight, scale, bits, x.dtype, part.shape[0]).with_tile(x.shape[1])
         address = _kernel(variant)
         if address is None:
@@ -397,9 +394,10 @@ def _run(address: int, scratch: int = 0, **arguments: Tensor | int | None) -> No
     if not words[_WORD["task_rows"]]:
         words[_WORD["task_rows"]] = min(256, max(4 * TILE, arguments["rows"] // (8 * threads) // TILE * TILE))
     if threads == 1:
-        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)(ctypes.addressof(words))
+        _FUNCTION(address)(ctypes.addressof(words))
     else:
         parallel(address, ctypes.addressof(words), threads, 0)
 
 
+_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _WORD = {name: number for number, name in enumerate(Arguments.NAMES)}

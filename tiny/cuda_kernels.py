@@ -656,8 +656,8 @@ def _check(kernels: _Kernels, device: torch.device) -> None:
         wrong = _wrong_kernel(kernels, device, bits)
         if wrong:
             raise _Unavailable(
-                f"The {wrong} of INT{bits} is wrong on this GPU. Please report that in the repository's issue tracker, "
-                "with the name of the GPU and the versions of its driver and of torch."
+                f"The {wrong} of INT{bits} is wrong on this GPU. Please report that in the issue tracker of the "
+                "repository, with the name of the GPU and the versions of its driver and of torch."
             )
 
 
