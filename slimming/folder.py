@@ -85,7 +85,7 @@ def copy_licenses(plan: Plan, folder: Path) -> None:
 
 
 def moved_id(plan: Plan, name: str, value: Any) -> Any:
-    """An id field, or a list of ids, in the output's numbering."""
+    """An id field, or a list of ids, in the output's numbering; None for a row that goes and that no code needs."""
     if isinstance(value, list):
         return [moved_id(plan, name, one) for one in value]
     if not isinstance(value, int) or isinstance(value, bool):
@@ -94,7 +94,7 @@ def moved_id(plan: Plan, name: str, value: Any) -> Any:
     if name == "pad_token_id" and value < plan.vocabulary.offset and pieces:
         value = pieces[PAD_PIECE] + plan.vocabulary.offset  # the first code's default, 0, was an image row
     moved = plan.vocabulary.new_id(value)
-    if moved is None:
+    if moved is None and name in (*IDS, "pad_token_id"):
         raise Refusal(Exit.WRONG_TOKENIZER, f"{name} is {value}, a row that goes: correct the config of the source")
     return moved
 
@@ -155,11 +155,12 @@ def model_config(plan: Plan, options: Options) -> dict[str, Any]:
 
 def generation_config(plan: Plan) -> dict[str, Any]:
     """The source's with moved ids, or the package's with the ids of the config."""
-    name = "generation_config.json"
+    name, own = "generation_config.json", plan.source.config
     if (plan.source.folder / name).exists():
-        return moved_ids(plan, io.read_json(plan.source.folder, name))
-    package = json.loads((PACKAGE / name).read_text(encoding="utf-8"))
-    config = moved_ids(plan, plan.source.config)
+        content = io.read_json(plan.source.folder, name)
+        agreed = {key: own[key] for key in content if isinstance(content[key], int) and isinstance(own.get(key), int)}
+        return moved_ids(plan, {**content, **{key: agreed[key] for key in agreed if key.endswith("_token_id")}})
+    package, config = json.loads((PACKAGE / name).read_text(encoding="utf-8")), moved_ids(plan, own)
     return {**package, **{key: config[key] for key in package if key.endswith("_token_id") and key in config}}
 
 

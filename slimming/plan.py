@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,7 @@ IMAGE_ROWS = 20_000
 EMBEDDING, HEAD = "transformer.word_embeddings.weight", "lm_head.weight"
 PREFIX = "transformer.prefix_encoder."
 VOCABULARY_MODULES = ("word_embeddings", "lm_head")
+OWN_NAMES = re.compile(r"transformer\.(layers|word_embeddings|prefix_encoder|final_layernorm)\.|lm_head\.")
 MATRICES = ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 SIZES = {"num_layers": 28, "hidden_size": 4096, "inner_hidden_size": 16384}  # of a config that doesn't say
 IDS = {"bos_token_id": "<sop>", "eos_token_id": "<eop>", "mask_token_id": "[MASK]", "gmask_token_id": "[gMASK]"}
@@ -108,6 +110,9 @@ def read_source(folder: Path, name: str, options: Options) -> Source:
     source = Source(name, kind, checkpoint, config, read_sentencepiece(folder, options))
     if kind == "model":
         judge_model(source)
+    if kind == "adapter" and not any(OWN_NAMES.search(tensor) for tensor in checkpoint.tensors):
+        message = f"{folder} adapts {next(iter(checkpoint.tensors))}, which ChatGLM-6B doesn't have: another model's?"
+        raise Refusal(Exit.UNSUPPORTED, message)
     judge_quantization(source, options)
     return source
 
@@ -278,11 +283,12 @@ def vocabulary_rows(source: Source) -> int:
     if source.kind == "prefix":
         return int(source.config.get("vocab_size", 0))
     base = Path(str(source.config.get("base_model_name_or_path")))
-    if (base / "config.json").is_file():
-        return int(io.read_json(base, "config.json").get("vocab_size", 0))
     found = {max(t.shape) for name, t in source.tensors.items() if is_vocabulary(name) and max(t.shape) >= IMAGE_ROWS}
-    if len(found) > 1:
-        raise Refusal(Exit.WRONG_ROWS, f"the adapter's vocabulary tensors have {sorted(found)} rows: they must agree")
+    if (base / "config.json").is_file():
+        found.add(int(io.read_json(base, "config.json").get("vocab_size", 0)))
+    if len(found) > 1 or found & set(OTHER_MODELS):
+        message = f"the adapter's vocabulary tensors and its base model have {sorted(found)} rows"
+        raise Refusal(Exit.WRONG_ROWS, f"{message}: they must agree, and be ChatGLM-6B's")
     if found:
         return found.pop()
     if source.config.get("trainable_token_indices"):
@@ -307,7 +313,8 @@ def image_rows(source: Source, rows: int) -> int:
     offset = IMAGE_ROWS if rows >= IMAGE_ROWS + len(source.pieces) else 0
     for field_name, piece in IDS.items():
         value, expected = source.config.get(field_name), source.pieces[piece] + offset
-        if value is not None and value != expected:
+        end = source.pieces["</s>"] + offset  # which some fine-tuned models stop at
+        if value not in (None, expected) and (field_name, value) != ("eos_token_id", end):
             message = f"{field_name} is {value}, but {VOCAB_FILE} and {rows} rows put {piece} at {expected}"
             raise Refusal(Exit.WRONG_TOKENIZER, f"{message}: give the file that belongs to the weights")
     return offset

@@ -86,6 +86,21 @@ def test_ids_rows_and_classes_of_the_config_are_the_slim_ones_and_the_rest_stays
     assert (generation["bos_token_id"], generation["eos_token_id"], generation["pad_token_id"]) == (1104, 1105, 3)
 
 
+def test_generation_settings_stay_and_ids_nobody_uses_are_dropped(tmp_path):
+    source = write_full_toy(tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(
+        json.dumps({**config, "eos_token_id": 20002, "sep_token_id": 7, "pad_token_id": 0})
+    )
+    stale = {"bos_token_id": 1104, "eos_token_id": [21105, 20002], "top_p": 0.5}
+    (source / "generation_config.json").write_text(json.dumps(stale))
+    slim.slim(str(source), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["eos_token_id"], config["sep_token_id"], config["pad_token_id"]) == (2, None, 3)
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": 1104, "eos_token_id": [1105, 2], "top_p": 0.5}
+
+
 def test_output_loads_and_generates_what_the_original_did(tmp_path, golden):
     from transformers import AutoModel, AutoTokenizer
 
@@ -291,6 +306,14 @@ def test_adapters_without_vocabulary_tensors_are_copied_and_their_token_indices_
     assert all(same_bits(tensors_of(tmp_path / "out")[name], state[name]) for name in state)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["trainable_token_indices"] == {"word_embeddings": [1104, 5]}
+
+
+def test_adapters_of_other_models_are_refused(tmp_path, capsys):
+    other = {"base_model.model.transformer.encoder.layers.0.self_attention.dense.lora_A.weight": torch.randn(2, 8)}
+    assert slim.main([str(write_adapter(tmp_path / "glm2", other)), str(tmp_path / "out")]) == Exit.UNSUPPORTED
+    head = {"base_model.model.lm_head.lora_B.weight": torch.randn(65024, 2)}
+    assert slim.main([str(write_adapter(tmp_path / "head", head)), str(tmp_path / "out")]) == Exit.WRONG_ROWS
+    assert "65024" in capsys.readouterr().err
 
 
 def test_an_adapter_trained_on_the_full_model_gives_the_same_logits_on_the_slim_one(tmp_path):
