@@ -1,5 +1,6 @@
 """The CPU kernels against float64, on every instruction set this machine can run, and what they refuse."""
 
+import doctest
 import subprocess
 import sys
 import threading
@@ -342,6 +343,19 @@ def test_a_cpu_without_fused_multiply_add_is_not_served(monkeypatch):
 
 
 @needs_kernels
+def test_an_llvmlite_that_is_too_old_is_named(monkeypatch):
+    import llvmlite.binding
+
+    def reject(text):
+        raise RuntimeError("ptr type is only supported in -opaque-pointers mode")
+
+    monkeypatch.setattr(llvmlite.binding, "parse_assembly", reject)
+    monkeypatch.setattr(cpu_kernels, "_machine", {})
+    with pytest.warns(UserWarning, match="llvmlite>=0.45"):
+        assert instruction_set() == ""
+
+
+@needs_kernels
 def test_threads_that_arrive_together_compile_once(monkeypatch):
     compiled = []
     monkeypatch.setattr(cpu_kernels, "_compiled", {})
@@ -369,11 +383,52 @@ def test_compiling_leaves_the_callers_random_numbers_alone(monkeypatch):
 
 
 @needs_kernels
-def test_without_openmp_one_thread_does_the_work(monkeypatch):
+@pytest.mark.parametrize("threads", [1, 3])
+def test_without_openmp_pythons_threads_do_the_work(monkeypatch, threads):
     monkeypatch.setitem(cpu_kernels._machine, "openmp", None)
-    weight, scale, exact = make_weight(256, 256, 4)
-    x = make_x(1, 256, torch.bfloat16)
-    assert_close(linear(x, weight, scale, 4), x, exact)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    weight, scale, exact = make_weight(512, 256, 4)
+    for rows in (1, 20):
+        x = make_x(rows, 256, torch.bfloat16)
+        assert_close(linear(x, weight, scale, 4), x, exact)
+
+
+@needs_kernels
+def test_defaults_of_torch_do_not_reach_the_kernels(monkeypatch):
+    monkeypatch.setattr(cpu_kernels, "_compiled", {})
+    weight, scale, exact = make_weight(64, 128, 8)
+    few, many, states = (
+        make_x(1, 128, torch.bfloat16),
+        make_x(30, 128, torch.bfloat16),
+        make_states(1, 2, 5, 64, DTYPES[0]),
+    )
+    torch.set_default_dtype(torch.float16)
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            results = [linear(few, weight, scale, 8), linear(many, weight, scale, 8)]
+            context, dense = decode_attention(*states), dequantize(weight, scale, 8, torch.float32)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_close(results[0], few, exact)
+    assert_close(results[1], many, exact)
+    assert ((context - exact_attention(*states)).abs() < 1e-5).all()
+    assert ((dense - exact).abs() < 1e-6).all()
+
+
+@needs_kernels
+def test_activations_that_want_gradients_are_only_read():
+    weight, scale, exact = make_weight(64, 128, 8)
+    for rows in (1, 20):
+        x = make_x(rows, 128, torch.bfloat16).requires_grad_()
+        y = linear(x, weight, scale, 8)
+        assert not y.requires_grad
+        assert_close(y, x.detach(), exact)
+
+
+def test_the_examples_in_the_docstrings_hold():
+    results = doctest.testmod(cpu_kernels)
+    assert results.attempted and not results.failed
 
 
 def test_kernels_for_avx2_call_no_instruction_of_avx512():
