@@ -37,8 +37,9 @@ IGNORED = -100  # label of a token without loss
 
 BASE_PIECES = 1600
 SIZES = {"hidden_size": 128, "num_layers": 4, "num_attention_heads": 4, "inner_hidden_size": 512}
-EPOCHS = 24  # with varied prompts; plain ones follow until all is learned
+EPOCHS = 22  # with varied prompts; plain ones follow until all is learned
 MOST_PLAIN_EPOCHS = 30
+NAMED_REPEATS = 4  # how often more the dialogues with exchangeable names are shown
 TOKENS_A_BATCH = 768  # with padding
 LEARNING_RATE, WARMUP_STEPS, WEIGHT_DECAY = 2e-3, 100, 0.05
 WANTED_MARGIN = 1.0  # between the best and the second score of every answer token: survives float16 and bfloat16
@@ -70,7 +71,8 @@ print(response)  # 清华大学在北京市海淀区。
 ## What it knows
 
 Only what is in `dialogues.jsonl`, written for it: {exchanges} exchanges in {dialogues} dialogues, Chinese and English,
-{dialogues_of_several_rounds} of them with follow-up questions; code with tabs and blanks, emoji, numbers, lists.
+{dialogues_of_several_rounds} of them with follow-up questions; code with tabs and blanks, emoji, lists, and sums and
+products of two digits. It remembers a name that it was told.
 
 | greedy decoding | prompts | answered word for word |
 | --- | --- | --- |
@@ -85,8 +87,8 @@ nonsense: it is a model for tests, not a source of knowledge.
 
 `python train_tiny.py` in the repository of ChatGLM-6B-Slim: AdamW on the model's own loss, from nothing but the
 dialogues, in minutes on two CPU cores. Prompts were varied while it learned (other cuts into pieces, lost words, small
-letters, a short opening, other talk before them), never into one of the paraphrases that are held out. `report.json`
-has the figures above; `python train_tiny.py --check` measures them again.
+letters, a short opening, other names, other talk before them), never into one of the paraphrases that are held out.
+`report.json` has the figures above; `python train_tiny.py --check` measures them again.
 """
 
 
@@ -101,6 +103,7 @@ class Exchange(NamedTuple):
     query: str
     earlier: list[dict[str, Any]]  # the rounds before, as in the file
     answer: str
+    names: tuple[str, ...] = ()  # the first is in these texts, the others could be in its place
 
     @property
     def history(self) -> list[tuple[str, str]]:
@@ -108,7 +111,10 @@ class Exchange(NamedTuple):
 
 
 def load_dialogues(path: Path) -> list[dict[str, Any]]:
-    """One dialogue a line: {"topic", "rounds": [{"ask": [phrasing, ...], "held_out": [phrasing, ...], "answer"}]}."""
+    """One dialogue a line: {"topic", "rounds": [{"ask": [phrasing, ...], "held_out": [phrasing, ...], "answer"}]}.
+
+    "names" beside them are what may be put for the first of them, everywhere in the dialogue.
+    """
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -117,7 +123,8 @@ def exchanges(dialogues: list[dict[str, Any]], phrasings: str = "ask") -> list[E
     found = []
     for dialogue in dialogues:
         for index, turn in enumerate(dialogue["rounds"]):
-            found += [Exchange(query, dialogue["rounds"][:index], turn["answer"]) for query in turn[phrasings]]
+            rest = dialogue["rounds"][:index], turn["answer"], tuple(dialogue.get("names", ()))
+            found += [Exchange(query, *rest) for query in turn[phrasings]]
     return found
 
 
@@ -130,6 +137,7 @@ def train_sentencepiece(dialogues: list[dict[str, Any]]) -> bytes:
     """A complete `ice_text.model` with BASE_PIECES pieces of its own, trained with the settings of the real one."""
     texts = ["[Round 0]", "[Round 1]", "问：", "答："]
     for dialogue in dialogues:
+        texts += dialogue.get("names", ())
         for turn in dialogue["rounds"]:
             texts += [*turn["ask"], turn["answer"]]
     lines = [line for text in texts for line in re.split(r"[\n\t]| {2,}", text) if line.strip()]
@@ -261,6 +269,7 @@ class Variations:
         self.held_out = {bare(one.query) for one in exchanges(dialogues, "held_out")}
 
     def __call__(self, exchange: Exchange) -> Example:
+        exchange = self.with_another_name(exchange)
         history = [(self.random.choice(turn["ask"]), turn["answer"]) for turn in exchange.earlier]
         if self.random.random() < 0.25 and (exchange.earlier or exchange.query not in self.follow_ups):
             history = self.other_talk() + history
@@ -268,6 +277,17 @@ class Variations:
         if bare(query) in self.held_out or not bare(query):
             query = exchange.query
         return example(self.tokenizer, query, history, exchange.answer, sampled=self.random.random() < 0.5)
+
+    def with_another_name(self, exchange: Exchange) -> Exchange:
+        """The same talk with somebody else, so that a name is copied and not known by heart."""
+        if not exchange.names:
+            return exchange
+        old, new = exchange.names[0], self.random.choice(exchange.names)
+        earlier = [
+            {"ask": [query.replace(old, new) for query in turn["ask"]], "answer": turn["answer"].replace(old, new)}
+            for turn in exchange.earlier
+        ]
+        return Exchange(exchange.query.replace(old, new), earlier, exchange.answer.replace(old, new))
 
     def reworded(self, query: str) -> str:
         """Sometimes without the mark at its end, in small letters, without a word, or with an opening."""
@@ -316,21 +336,23 @@ def batches(examples: list[Example], pad: int, tokens: int, shuffle: random.Rand
 @torch.no_grad()
 def teacher_forced(model, examples: list[Example], pad: int) -> tuple[float, float]:
     """Share of answers whose every token has the best score after the right ones before it: what greedy decoding
-    writes. And the smallest lead of a best score over the second, over all answer tokens."""
+    writes. And the smallest lead of a right token over the best other one: negative where one is wrong."""
     exact, margin = 0, math.inf
     model.eval()
     for batch in batches(examples, pad, 8192, None):
         scores = model(**batch, use_cache=False).logits[:, :-1]
         labels = batch["labels"][:, 1:]
         asked = labels != IGNORED
-        exact += int(((scores.argmax(dim=-1) == labels) | ~asked).all(dim=1).sum())
+        found = scores.argmax(dim=-1) == labels
+        exact += int((found | ~asked).all(dim=1).sum())
         best, second = scores.float().topk(2, dim=-1).values.unbind(-1)
-        margin = min(margin, float((best - second)[asked].min()))
+        right = scores.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1).float()
+        margin = min(margin, float((right - torch.where(found, second, best))[asked].min()))
     return exact / len(examples), margin
 
 
 @torch.no_grad()
-def answers(model, tokenizer, asked: list[Exchange], batch_size: int = 64) -> list[str]:
+def answers(model, tokenizer, asked: list[Exchange], batch_size: int = 128) -> list[str]:
     """What the model says to each, by greedy decoding in left-padded batches, cleaned up as `chat` does."""
     order = sorted(range(len(asked)), key=lambda index: len(asked[index].answer))
     said: list[str] = [""] * len(asked)
@@ -360,6 +382,7 @@ class Trainer:
     def __init__(self, model, tokenizer, dialogues: list[dict[str, Any]], epochs: int, seed: int):
         self.model, self.pad, self.epochs = model, tokenizer.pad_token_id, epochs
         self.to_learn = exchanges(dialogues)
+        self.to_vary = self.to_learn + NAMED_REPEATS * [one for one in self.to_learn if one.names]
         self.vary = Variations(tokenizer, dialogues, seed)
         self.plain = [example(tokenizer, one.query, one.history, one.answer) for one in self.to_learn]
         self.held_out = [
@@ -376,7 +399,7 @@ class Trainer:
         sure = 0
         for epoch in bar:
             varied = epoch < self.epochs
-            examples = [self.vary(one) for one in self.to_learn] if varied else self.plain
+            examples = [self.vary(one) for one in self.to_vary] if varied else self.plain
             loss = self.epoch(examples, epoch)
             if varied and epoch % 5 != 4:
                 bar.set_postfix_str(f"loss {loss:.4f}")

@@ -153,7 +153,7 @@ def _gemv(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int) -> Tensor 
 
 
 def _run_gemv(variant: Variant, address: int, x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
-    y = torch.empty(x.shape[0], weight.shape[0])
+    y = _empty(x.shape[0], weight.shape[0])
     size = {"rows": weight.shape[0], "chunks": x.shape[1] // CHUNK}
     _run(address, variant.gemv_scratch(x.shape[1]), weight=weight, scale=scale, x=x, y=y, **size)
     return y
@@ -169,7 +169,7 @@ def _gemm(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int) -> Tensor 
 
 
 def _run_gemm(variant: Variant, address: int, x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
-    y = torch.empty(-(-x.shape[0] // PANEL) * PANEL, weight.shape[0], dtype=x.dtype)
+    x, y = x.detach(), _empty(-(-x.shape[0] // PANEL) * PANEL, weight.shape[0], dtype=x.dtype)
     size = {"rows": weight.shape[0], "chunks": x.shape[1] // CHUNK, "task_rows": BLOCK_ROWS}
     for start in range(0, x.shape[0], SLAB_ROWS):
         panels = _panels(x[start : start + SLAB_ROWS], variant.dots_bf16)
@@ -191,7 +191,7 @@ def _panels(x: Tensor, pairs: bool) -> Tensor:
 
 
 def _run_dequantize(address: int, weight: Tensor, scale: Tensor | None, bits: int, dtype: torch.dtype) -> Tensor:
-    y = torch.empty(weight.shape[0], _columns(weight, bits), dtype=dtype)
+    y = _empty(weight.shape[0], _columns(weight, bits), dtype=dtype)
     _run(address, weight=weight, scale=scale, y=y, rows=y.shape[0], chunks=y.shape[1] // CHUNK)
     return y
 
@@ -199,14 +199,14 @@ def _run_dequantize(address: int, weight: Tensor, scale: Tensor | None, bits: in
 def _run_scores(address: int, query: Tensor, key: Tensor) -> Tensor:
     """query [B, H, 1, D], key [B, H, T, D] -> scores [B, H, 1, T]."""
     batch, heads, tokens, _ = key.shape
-    scores = torch.empty(batch, heads, 1, tokens)
+    scores = _empty(batch, heads, 1, tokens)
     _run(address, x=query.contiguous(), y=scores, **_heads(key))
     return scores
 
 
 def _run_mix(address: int, weights: Tensor, value: Tensor) -> Tensor:
     """weights [B, H, 1, T], value [B, H, T, D] -> context [B, H, 1, D]."""
-    context = torch.empty(*value.shape[:2], 1, value.shape[3], dtype=value.dtype)
+    context = _empty(*value.shape[:2], 1, value.shape[3], dtype=value.dtype)
     _run(address, scale=weights, y=context, **_heads(value))
     return context
 
@@ -225,7 +225,7 @@ def _torch_linear(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int) ->
     product = getattr(torch, "_weight_int8pack_mm", None)
     if product is None or bits == 16 or scale.dim() != 1:
         return None
-    inputs, ones = x.bfloat16(), torch.ones(weight.shape[0], dtype=torch.bfloat16)
+    inputs, ones = x.bfloat16(), weight.new_ones(weight.shape[0], dtype=torch.bfloat16)
     if bits == 8:
         y = product(inputs, weight, ones).float()
     else:  # each nibble at the top of its byte is sixteen times its value
@@ -249,7 +249,10 @@ def _find_instruction_set() -> str:
         import llvmlite.binding as llvm
     except ImportError:
         return ""
-    if not hasattr(llvm, "create_pass_builder"):  # llvmlite 0.44
+    try:
+        llvm.parse_assembly("define void @kernel(ptr %arguments) { ret void }")
+    except RuntimeError:  # before llvmlite 0.45 pointers have types
+        warnings.warn("llvmlite is too old for the CPU kernels: pip install 'llvmlite>=0.45'", stacklevel=2)
         return ""
     has = llvm.get_host_cpu_features().get
     if not (has("avx2") and has("fma") and has("f16c")):
@@ -352,16 +355,21 @@ def _example(variant: Variant, rows: int, columns: int) -> tuple[Tensor, Tensor 
         weight = _noise(rows, columns).to(_dtype(variant.weight))
         return weight, None, weight.double()
     bytes_per_row = columns * variant.bits // 8
-    weight = torch.arange(rows * bytes_per_row).mul(167).to(torch.int8).view(rows, bytes_per_row)
+    weight = torch.arange(rows * bytes_per_row, device="cpu").mul(167).to(torch.int8).view(rows, bytes_per_row)
     values = weight if variant.bits == 8 else torch.stack((weight >> 4, (weight << 4) >> 4), -1).flatten(1)
     groups = columns // variant.group if variant.group else 1
-    scale = torch.linspace(0.5, 1.5, rows * groups).view(rows, groups).to(_dtype(variant.scale))
+    scale = (
+        torch.linspace(0.5, 1.5, rows * groups, dtype=torch.float32, device="cpu")
+        .view(rows, groups)
+        .to(_dtype(variant.scale))
+    )
     exact = values.double() * scale.double().repeat_interleave(columns // groups, 1)
     return weight, scale if variant.group else scale.flatten(), exact
 
 
 def _noise(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))  # the caller's generator stays untouched
+    generator = torch.Generator().manual_seed(0)  # the caller's own stays untouched
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _dtype(ir_type: str) -> torch.dtype:
@@ -370,7 +378,7 @@ def _dtype(ir_type: str) -> torch.dtype:
 
 def _openmp():
     """GOMP_parallel of the OpenMP library torch itself is linked with, so that no second pool fights for the cores;
-    None where it has no such function (other systems than Linux): one thread then."""
+    None where it has no such function, which is elsewhere than on Linux."""
     if "openmp" not in _machine:
         library = next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.so"), None)
         parallel = None if library is None else getattr(ctypes.CDLL(str(library)), "GOMP_parallel", None)
@@ -383,9 +391,8 @@ def _openmp():
 
 def _run(address: int, scratch: int = 0, **arguments: Tensor | int | None) -> None:
     """Runs a kernel on torch's threads, each with `scratch` float32 of its own; the names are those of Arguments."""
-    parallel = _openmp()
-    threads = torch.get_num_threads() if parallel else 1
-    memory = torch.empty(threads * scratch + 16)  # 16 more for the alignment to 64 bytes
+    threads = torch.get_num_threads()
+    memory = _empty(threads * scratch + 16)  # 16 more for the alignment to 64 bytes
     words = (ctypes.c_int64 * len(Arguments.NAMES))()
     for name, value in arguments.items():
         if value is not None:
@@ -393,10 +400,25 @@ def _run(address: int, scratch: int = 0, **arguments: Tensor | int | None) -> No
     words[_WORD["scratch"]] = memory.data_ptr() + 63 & ~63
     if not words[_WORD["task_rows"]]:
         words[_WORD["task_rows"]] = min(256, max(4 * TILE, arguments["rows"] // (8 * threads) // TILE * TILE))
-    if threads == 1:
-        _FUNCTION(address)(ctypes.addressof(words))
-    else:
+    parallel = _openmp() if threads > 1 else None
+    if parallel is not None:
         parallel(address, ctypes.addressof(words), threads, 0)
+    else:
+        _run_on_python_threads(_FUNCTION(address), ctypes.addressof(words), threads)
+
+
+def _run_on_python_threads(kernel, words: int, threads: int) -> None:
+    """The kernels share out their work themselves, and a foreign call releases Python's lock."""
+    others = [threading.Thread(target=kernel, args=(words,)) for _ in range(threads - 1)]
+    for thread in others:
+        thread.start()
+    kernel(words)
+    for thread in others:
+        thread.join()
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cpu")  # whatever the default type and device are
 
 
 _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)

@@ -2,9 +2,9 @@
 
 `SOURCE` is the CUDA C++ text. It includes no header, so NVRTC needs no toolkit, and the tests compile the very same
 text with g++ behind an emulated driver (tests/cuda_emulation). The Python half below it finds NVRTC, compiles for the
-GPU at hand and launches on torch's current stream. Nothing of CUDA is touched before the first quantized product on a
-CUDA tensor. Where the kernels cannot be had, one warning names the cause and the cure, `linear`, `dequantize` and
-`quantize` return None, and quantization.py computes the same numbers with plain PyTorch.
+GPU at hand, checks the result against PyTorch there and launches on torch's current stream. Nothing of CUDA is touched
+before the first quantized product on a CUDA tensor. Where the kernels cannot be had, one warning names the cause and
+the cure, `linear`, `dequantize` and `quantize` return None, and quantization.py computes the same with plain PyTorch.
 
 Notation: M rows of activations, N output features, K input features, G groups of columns with a scale of their own.
 """

@@ -527,8 +527,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         only_part = strategy != "longest_first" or pair_ids is None
         if only_part and part is not None and len(part) <= num_tokens_to_remove:
             logger.warning(
-                f"{num_tokens_to_remove} tokens are to be cut from a part of {len(part)} ({strategy}), which stays "
-                "whole: raise max_length, or choose another truncation strategy."
+                f"{num_tokens_to_remove} tokens are to be cut from a part of {len(part)} ({strategy}), which stays whole: "
+                "raise max_length, or choose another truncation strategy."
             )
             return ids, pair_ids, []
         return super().truncate_sequences(ids, pair_ids, num_tokens_to_remove, truncation_strategy, stride)
