@@ -652,6 +652,15 @@ def test_decode_takes_every_form_of_ids(tiny):
     assert tiny.decode([]) == ""
 
 
+def test_pieces_that_only_spell_a_newline_stay_what_they_are(tiny):
+    """The original prints a newline for them too: it replaces `<n>` in the text. A typed `<n>` is one in both."""
+    tokens = ["<", "n", ">", "<n>", "<|tab|>", "<|blank_3|>"]
+    ids = tiny.convert_tokens_to_ids(tokens)
+    assert tiny.unk_token_id not in ids
+    assert tiny.decode(ids) == tiny.convert_tokens_to_string(tokens) == "<n>\n\t   "
+    assert tiny.decode(tiny.encode_text("a<n>b")) == "a\nb"
+
+
 def test_ids_without_a_piece_print_nothing(tiny):
     ids = tiny.encode_text("你好")
     assert tiny.decode([*ids, tiny.vocab_size, tiny.vocab_size + 183, -100]) == "你好"
