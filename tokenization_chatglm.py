@@ -170,14 +170,12 @@ def _decoding_model(model: bytes) -> bytes:
 
     SentencePiece then decodes to the final text by itself; replacing afterwards takes a third of its time again.
     """
-    (*_, newline) = islice(_fields(model), len(BASE_PIECES))
-    *_, start, end = newline
-    spelled, white = (
-        _piece_entries(EXTENSION),
-        _piece_entries((WHITESPACE.get(piece, piece), kind) for piece, kind in EXTENSION),
-    )
-    assert spelled in model, "complete_sentencepiece puts these pieces there"
-    return model[:start] + _piece_entries([(WHITESPACE[NEWLINE], USER_DEFINED)]) + model[end:].replace(spelled, white)
+    *_, (_, _, start, end) = islice(_fields(model), len(BASE_PIECES))
+    newline = _piece_entries([(WHITESPACE[NEWLINE], USER_DEFINED)])
+    spelled = _piece_entries(EXTENSION)
+    assert spelled in model, "complete_sentencepiece sees to it"
+    white = _piece_entries((WHITESPACE.get(piece, piece), kind) for piece, kind in EXTENSION)
+    return model[:start] + newline + model[end:].replace(spelled, white)
 
 
 def _load_sentencepiece(vocab_file: str | None, folder: str) -> tuple[spm.SentencePieceProcessor, bool]:
