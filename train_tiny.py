@@ -72,7 +72,7 @@ print(response)  # 清华大学在北京市海淀区。
 
 Only what is in `dialogues.jsonl`, written for it: {exchanges} exchanges in {dialogues} dialogues, Chinese and English,
 {dialogues_of_several_rounds} of them with follow-up questions; code with tabs and blanks, emoji, lists, and sums and
-products of two digits. It remembers a name that it was told.
+products of two digits. Told a name, one of those under "names" there, it remembers it.
 
 | greedy decoding | prompts | answered word for word |
 | --- | --- | --- |

@@ -671,18 +671,18 @@ def _wrong_kernel(kernels: _Kernels, device: torch.device, bits: int) -> str | N
     packed = _packed(values, bits).to(device)
     matrix = _describe(packed, scale.to(device), bits)
 
-    weight = torch.empty(rows, columns, dtype=torch.float16, device=device)
+    weight = _unwritten(rows, columns, device=device)
     kernels.dequantize(matrix, bits, weight)
     if not torch.equal(weight.cpu(), exact.half()):
         return "extraction"
     for m in (1, 5):
         x = torch.arange(m * columns, dtype=torch.float32, device=cpu).sin().half().view(m, columns)
-        y = torch.empty(m, rows, dtype=torch.float16, device=device)
+        y = _unwritten(m, rows, device=device)
         kernels.linear(matrix, bits, x.to(device), y)
         expected, magnitude = x.double() @ exact.T, x.double().abs() @ exact.abs().T
         if not bool(((y.cpu() - expected).abs() <= 1e-3 * expected.abs() + 1e-5 * magnitude).all()):
             return f"product of {m} rows"
-    again, again_scale = torch.empty_like(packed), torch.empty(rows, dtype=torch.float16, device=device)
+    again, again_scale = torch.zeros_like(packed), _unwritten(rows, device=device)
     kernels.quantize(weight, bits, again, again_scale)
     expected_scale = exact.half().abs().amax(dim=1) / (limit - 1)
     expected = _packed((exact.half() / expected_scale[:, None]).round().long(), bits)
@@ -691,6 +691,11 @@ def _wrong_kernel(kernels: _Kernels, device: torch.device, bits: int) -> str | N
         if torch.equal(again.cpu(), expected) and torch.equal(again_scale.cpu(), expected_scale)
         else "compression"
     )
+
+
+def _unwritten(*shape: int, device: torch.device) -> Tensor:
+    """Room for a result, without the right numbers of an earlier one."""
+    return torch.full(shape, float("nan"), dtype=torch.float16, device=device)
 
 
 def _packed(values: Tensor, bits: int) -> Tensor:
