@@ -215,7 +215,7 @@ class QuantizedEmbedding(nn.Module):
 def quantized_matrix(weight: Tensor, bits: int, group_size: int = 0, search: bool = False) -> tuple[Tensor, Tensor]:
     """quantize_weight, by the CUDA kernel where it applies."""
     fast = None
-    if weight.is_cuda and weight.dtype == torch.float16 and not group_size and not search:
+    if weight.is_cuda and not group_size and not search:
         fast = cuda_quantize(weight, bits)
     return quantize_weight(weight, bits, group_size, search) if fast is None else fast
 
