@@ -1,6 +1,7 @@
 # make chat   a terminal chat; MODEL=folder-or-hub-id DTYPE=bfloat16 DEVICE=cuda ARGS="--bits 4" as you like
 # make test   format, lint and all tests
 # make ladder the tests of every supported transformers version, and their table
+# make bench  speed of the full-size model (random weights, 21 GB in bench_data); ARGS="--layers 4" for a quick run
 # make tiny   train the checkpoint in tiny/ again
 # make clean  remove the environment and everything that was built
 #
@@ -19,7 +20,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 RUNTIME := $(VENV)/.runtime-installed
 DEV := $(VENV)/.dev-installed
 
-.PHONY: chat test lint ladder tiny clean
+.PHONY: chat test lint ladder bench tiny clean
 .DEFAULT_GOAL := chat
 
 chat: $(RUNTIME)
@@ -34,6 +35,10 @@ lint: $(DEV)
 
 ladder: $(DEV)
 	$(BIN)/nox -s ladder
+
+bench: $(DEV)
+	@$(PIP) matplotlib
+	$(BIN)/python benchmarks/speed.py $(ARGS)
 
 tiny: $(RUNTIME)
 	$(BIN)/python train_tiny.py

@@ -255,6 +255,19 @@ def test_only_the_linear_layers_of_blocks_are_replaced(config):
     assert model.lm_head.weight.dtype == model.transformer.word_embeddings.weight.dtype == torch.float32
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+def test_strided_rows_of_a_batch_reach_kernel_and_plain_pytorch_alike(monkeypatch, bits):
+    """The last position of a padded batch, as prefill gives it to the head, is not contiguous."""
+    weight = torch.randn(64, 128).half()
+    weight, scale = (weight, None) if bits == 16 else quantize_weight(weight, bits)
+    last = torch.randn(3, 5, 128).half()[:, -1:]
+    contiguous = []
+    monkeypatch.setattr(quantization, "cpu_linear", lambda x, *rest: contiguous.append(x.is_contiguous()))
+    y = quantization.product(last, weight, scale, bits)
+    assert contiguous == [True] and y.shape == (3, 1, 64)
+    torch.testing.assert_close(y, torch.cat([quantization.product(row[None], weight, scale, bits) for row in last]))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "options", [{"bits": 8}, {"bits": 4}, {"bits": 4, "group_size": 32, "quantize_head": 8}, None]
@@ -283,7 +296,7 @@ def test_whole_model_through_kernels_equals_plain_pytorch(config, monkeypatch, d
     monkeypatch.setattr(quantization, "cpu_linear", counted)
     through_kernels = logits()
     if not any(served):
-        pytest.skip("no CPU kernel serves this type on this machine (llvmlite is not installed)")
+        pytest.skip("no CPU kernel serves this type here (float32 needs none; the others need llvmlite)")
     monkeypatch.setattr(quantization, "cpu_linear", lambda *arguments: None)
     plain = logits()
     # Plain bfloat16 and float16 products round each weight and sum; the kernels keep more.

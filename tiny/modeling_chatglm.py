@@ -637,7 +637,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         )
         hidden = output.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden[:, kept] if not (isinstance(kept, slice) and kept.start == 0) else hidden)
+        logits = self.lm_head(hidden if isinstance(kept, slice) and kept.start == 0 else hidden[:, kept].contiguous())
         loss = None
         if labels is not None:
             loss = shifted_cross_entropy(logits, labels, kwargs.get("num_items_in_batch")).to(logits.dtype)

@@ -110,12 +110,15 @@ def check_shape(in_features: int, bits: int, group_size: int) -> None:
 
 def product(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int) -> Tensor:
     """x [..., in] times the transposed weight -> [..., out] in x's dtype; bits 16 is a plain matrix without scale."""
+    # Kernels want contiguous rows, and torch would repeat the weight for each row of a strided batch.
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
     kernel = None if torch.compiler.is_compiling() else {"cuda": cuda_linear, "cpu": cpu_linear}.get(x.device.type)
     if kernel is not None and (bits != 16 or x.device.type == "cpu"):
-        y = kernel(x.reshape(-1, x.shape[-1]), weight, scale, bits)
+        y = kernel(rows, weight, scale, bits)
         if y is not None:
             return y.view(*x.shape[:-1], weight.shape[0])
-    return F.linear(x, weight if bits == 16 else dequantize_weight(weight, scale, bits, x.dtype))
+    y = F.linear(rows, weight if bits == 16 else dequantize_weight(weight, scale, bits, x.dtype))
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def dequantized(weight: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:

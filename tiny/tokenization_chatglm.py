@@ -351,6 +351,16 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         # up to 4.33 only from_pretrained made them one token in text, and from 5.0 on they lose their flags
         self.add_tokens(list(special.values()), special_tokens=True)
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> ChatGLMTokenizer:
+        """As in transformers; 4.47 to 5.5 hide an error of `__init__` behind a missing protobuf, which none needs."""
+        try:
+            return super().from_pretrained(*args, **kwargs)
+        except ImportError as error:
+            if isinstance(error.__context__, ValueError):
+                raise error.__context__ from None
+            raise
+
     # ---- vocabulary ------------------------------------------------------------------------------------------
     @property
     def vocab_size(self) -> int:
