@@ -92,6 +92,8 @@ class Answer(StoppingCriteria):
     def __init__(self, tokenizer, prompt_length: int, process_response, stop: Optional[list[str]]):
         self.tokenizer, self.prompt_length, self.process_response = tokenizer, prompt_length, process_response
         self.stop = [stop] if isinstance(stop, str) else list(stop or [])
+        if "" in self.stop:
+            raise ValueError(f"stop = {stop!r}: an empty text would end every answer before it begins")
 
     def decoded(self, ids: Tensor) -> tuple[str, bool]:
         """The text of `ids` [n] behind the prompt, cut before the first stop string; and whether one was found."""
@@ -100,8 +102,14 @@ class Answer(StoppingCriteria):
         return (text[: min(ends)], True) if ends else (text, False)
 
     def text(self, ids: Tensor, finished: bool) -> str:
-        text, _ = self.decoded(ids)
-        return self.process_response(text if finished else text.rstrip(UNFINISHED))
+        text, stopped = self.decoded(ids)
+        return self.process_response(text if finished or stopped else self.shown(text.rstrip(UNFINISHED)))
+
+    def shown(self, text: str) -> str:
+        """Unfinished text without an end that may yet become a stop string."""
+        beginnings = [word[:length] for word in self.stop for length in range(1, len(word))]
+        held_back = max((len(start) for start in beginnings if text.endswith(start)), default=0)
+        return text[: len(text) - held_back]
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> bool:
         return bool(self.stop) and self.decoded(input_ids[0])[1]

@@ -49,7 +49,7 @@ class GrowingStates:
         if torch.is_grad_enabled() and (new.requires_grad or (used and past.requires_grad)):
             return new if not used else torch.cat((past, new), dim=-2)  # autograd keeps the past: don't write into it
         total = used + new.shape[-2]
-        if not (used and self._holds(past)) or total > self.buffer.shape[-2]:
+        if not (used and self._holds(past, new)) or total > self.buffer.shape[-2]:
             batch, heads, _, size = new.shape
             self.buffer = new.new_empty(batch, heads, total + CHUNK - total % CHUNK, size)
             if used:
@@ -57,9 +57,12 @@ class GrowingStates:
         self.buffer[:, :, used:total] = new
         return self.buffer[:, :, :total]
 
-    def _holds(self, past: Tensor) -> bool:
+    def _holds(self, past: Tensor, new: Tensor) -> bool:
+        """Whether `past` is the front of the buffer, and `new` can be written behind it."""
         buffer = self.buffer
-        if buffer is None or past.dtype != buffer.dtype or past.device != buffer.device:
+        if buffer is None or any((t.dtype, t.device) != (buffer.dtype, buffer.device) for t in (past, new)):
+            return False
+        if buffer.is_inference() and not torch.is_inference_mode_enabled():
             return False
         return (
             past.data_ptr() == buffer.data_ptr()
@@ -128,9 +131,9 @@ def as_cache(past):
             cache.update(keys, values, layer_idx)
         return cache
     if type(past) is DynamicCache and not isinstance(past, GrowingCache) and cached_length(past) == 0:
-        if DynamicLayer is None:
-            return GrowingCache()
-        if all(type(layer) is DynamicLayer for layer in past.layers) and not getattr(past, "offloading", False):
+        if DynamicLayer is None:  # the caller's own object is to be filled
+            past.__class__, past._states = GrowingCache, []
+        elif all(type(layer) is DynamicLayer for layer in past.layers) and not getattr(past, "offloading", False):
             grow_in_place(past)
     return past
 

@@ -237,7 +237,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, visible: Optional[Tenso
 
 def eager_attention(query: Tensor, key: Tensor, value: Tensor, visible: Optional[Tensor]) -> tuple[Tensor, Tensor]:
     """query [B, H, S, D], key and value [B, H, K, D] -> context [B, H, S, D] and weights [B, H, S, K]."""
-    scores = (query / query.shape[-1] ** 0.5 @ key.transpose(2, 3)).float()
+    scores = query.float() / query.shape[-1] ** 0.5 @ key.float().transpose(2, 3)  # float16 products may overflow
     if visible is not None:
         scores = scores.masked_fill(~visible, float("-inf"))
     weights = scores.softmax(dim=-1).to(query.dtype)
@@ -284,6 +284,7 @@ class PrefixEncoder(nn.Module):
             self.trans = nn.Sequential(hidden, nn.Tanh(), nn.Linear(config.hidden_size, width))
         else:
             self.embedding = nn.Embedding(config.pre_seq_len, width)
+        self.embedding.initial_std = 1.0  # torch's own, which the official training recipe starts from
 
     def forward(self, batch: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         """(keys, values) for each layer, [B, H, P, D] each."""
@@ -365,7 +366,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
+            nn.init.normal_(module.weight, std=getattr(module, "initial_std", 0.02))
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
@@ -698,12 +699,18 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         slots = fixed_length(cache)
         if slots is not None:  # one shape for every step, so that a compiled step is compiled once
             slots -= self.transformer.prefix_length
+            if slots < total:
+                raise ValueError(
+                    f"the static cache has room for {slots} tokens beside the P-tuning prefix, the text has {total}: "
+                    "pass a StaticCache with max_cache_len = max_length + pre_seq_len"
+                )
             inputs["attention_mask"] = ~visible_keys(geometry, attention_mask, seen, new_tokens, slots)
         return {"input_ids": input_ids[:, -new_tokens:].contiguous(), "position_ids": position_ids, **inputs}
 
     def _cached_geometry(self, cache, input_ids: Tensor, attention_mask, seen: int) -> Geometry:
         geometry = getattr(cache, "geometry", None)
-        if geometry is not None and geometry.padding.shape[0] == input_ids.shape[0]:
+        one_more = input_ids.shape[1] <= seen + 1  # several new tokens may belong to another prompt
+        if geometry is not None and geometry.padding.shape[0] == input_ids.shape[0] and one_more:
             return geometry
         geometry = find_geometry(TokenKinds.of_ids(input_ids, self.config), attention_mask)
         if bool((geometry.context_length > seen).any()):
@@ -832,6 +839,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
 
         The generation runs in a thread of its own, which ends when this generator does.
         """
+        if (kwargs.get("num_beams") or 1) > 1:
+            raise ValueError(f"num_beams = {kwargs['num_beams']}: beams cannot be streamed; use chat() or generate()")
         tap = TokenTap()
         arguments = dict(kwargs, input_ids=input_ids, logits_processor=logits_processor or LogitsProcessorList())
         arguments["stopping_criteria"] = StoppingCriteriaList([*(stopping_criteria or []), tap])
@@ -849,13 +858,15 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         """Prompt ids [1, S] and the arguments of `generate` for one round of chat."""
         if options.get("max_new_tokens") is not None:
             max_length = None
-        ids = rounds.prompt_within(max_length)
+        trimmed = self.config.max_sequence_length if rounds.answer_room is not None else None
+        ids = rounds.prompt_within(trimmed if max_length is None else max_length)
         if max_length is not None:
             options["max_length"] = max_length
         if not options["do_sample"]:  # generate would warn that they have no effect
             options = {name: value for name, value in options.items() if name not in ("top_p", "temperature", "top_k")}
         else:
-            options.setdefault("top_k", 50)  # the default of the transformers that the original ran on
+            own = getattr(getattr(self, "generation_config", None), "top_k", None)
+            options.setdefault("top_k", own or 50)  # the default of the transformers that the original ran on
         prompt = torch.tensor([ids], device=self.device)
         options["attention_mask"] = torch.ones_like(prompt)
         options["logits_processor"] = LogitsProcessorList([*(logits_processor or []), FiniteScores()])

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .configuration_chatglm import GROUP_SIZES
 from .cpu_kernels import dequantize as cpu_dequantize
 from .cpu_kernels import linear as cpu_linear
 from .cuda_kernels import dequantize as cuda_dequantize
@@ -259,6 +260,11 @@ def quantize_model(
         raise ValueError(f"quantize({bits}): use 8, 4, or 0 for no quantization")
     if config.quantization_bit:
         return already_quantized(model, bits, group_size, quantize_head)
+    if group_size not in GROUP_SIZES or quantize_head not in (False, True, 4, 8):
+        raise ValueError(
+            f"quantize(group_size={group_size}, quantize_head={quantize_head}): group_size is one of {GROUP_SIZES}, "
+            "quantize_head False, True, 4 or 8"
+        )
     layers = list(linear_layers(model.transformer.layers))
     for _, _, layer in layers:
         check_shape(layer.in_features, bits, group_size)
@@ -276,7 +282,7 @@ def quantize_model(
 def already_quantized(model: nn.Module, bits: int, group_size: int, quantize_head: bool | int) -> nn.Module:
     config = model.config
     present = (config.quantization_bit, config.quantization_group_size, config.quantize_head)
-    if present == (bits, group_size, quantize_head):
+    if present == (bits, group_size, quantize_head) or (bits == present[0] and not group_size and not quantize_head):
         return model
     raise ValueError(
         f"quantize(bits={bits}, group_size={group_size}, quantize_head={quantize_head}): the model is quantized "

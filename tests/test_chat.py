@@ -195,3 +195,26 @@ def test_control_tokens_typed_by_a_user_stay_text(model, tokenizer):
     assert ids[-2:] == [tokenizer.gmask_token_id, tokenizer.bos_token_id]
     response, _ = model.chat(tokenizer, typed, do_sample=False, max_new_tokens=4)
     assert isinstance(response, str)
+
+
+def test_stop_strings_are_never_shown_in_part_and_never_empty(model, tokenizer):
+    full, _ = model.chat(tokenizer, "你好", do_sample=False)
+    word = full[4:7]
+    steps = [text for text, _ in model.stream_chat(tokenizer, "你好", do_sample=False, stop=[word])]
+    assert all(later.startswith(earlier) for earlier, later in zip(steps, steps[1:]))
+    with pytest.raises(ValueError, match="empty text"):
+        model.chat(tokenizer, "你好", stop=[""])
+
+
+def test_beams_are_not_streamed(model, tokenizer):
+    with pytest.raises(ValueError, match="num_beams = 3"):
+        next(model.stream_chat(tokenizer, "你好", num_beams=3))
+
+
+def test_answer_room_counts_with_max_new_tokens_too(model, tokenizer):
+    history = [("旧" * 30, "答" * 30)] * 60
+    with pytest.MonkeyPatch.context() as patch:
+        lengths = []
+        patch.setattr(model, "generate", lambda input_ids, **rest: lengths.append(input_ids.shape[1]) or input_ids)
+        model.chat(tokenizer, "你好", history=history, max_new_tokens=3, answer_room=256)
+    assert 1000 < lengths[0] <= model.config.max_sequence_length - 256

@@ -465,6 +465,31 @@ def test_growing_cache_writes_in_place_and_survives_cropping_and_reordering():
     assert torch.equal(keys, torch.cat((reordered, new, states), dim=2))
 
 
+@torch.no_grad()
+def test_a_cache_of_another_prompt_is_refused_not_continued(model):
+    first = model(IDS[:, :6], use_cache=True).past_key_values
+    longer = torch.cat((IDS[:, :4], IDS), dim=1)
+    with pytest.raises(ValueError, match="read in both directions"):
+        model.prepare_inputs_for_generation(longer, past_key_values=first, attention_mask=torch.ones_like(longer))
+
+
+def test_a_cache_filled_in_inference_mode_can_be_continued(model):
+    with torch.inference_mode():
+        cache = model(IDS[:, :6], use_cache=True).past_key_values
+    with torch.no_grad():
+        rest = model(IDS[:, 6:], past_key_values=cache).logits
+        torch.testing.assert_close(rest, model(IDS).logits[:, 6:], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_cache_of_the_caller_is_filled(model):
+    cache_utils = pytest.importorskip("transformers.cache_utils")
+    cache = cache_utils.DynamicCache()
+    model(IDS[:, :6], past_key_values=cache, use_cache=True)
+    rest = model(IDS[:, 6:], past_key_values=cache).logits
+    torch.testing.assert_close(rest, model(IDS).logits[:, 6:], rtol=0, atol=1e-5)
+
+
 def test_growing_cache_keeps_gradients():
     cache = as_cache(None)
     states = torch.randn(1, 1, 2, 4, requires_grad=True)
