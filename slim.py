@@ -222,7 +222,7 @@ def transformed(job: Job, chunk: memoryview, options: Options) -> Iterator[tuple
 
 def quantized(rows: Any, job: Job) -> tuple[Any, Any]:
     """Whole rows as the package's own quantization stores them, the scale in the model's dtype."""
-    from slimming.folder import package_module
+    from package import package_module
 
     weight, scale = package_module("quantization").quantize_weight(rows, job.bits, job.group_size)
     return weight, scale.to(rows.dtype)

@@ -9,7 +9,6 @@ through the package's own loss until it gives every answer of the set word for w
 from __future__ import annotations
 
 import argparse
-import ast
 import io
 import json
 import math
@@ -29,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+from package import package_files
 from tokenization_chatglm import _spell_whitespace, complete_sentencepiece
 
 ROOT = Path(__file__).resolve().parent
@@ -161,23 +161,9 @@ def train_sentencepiece(dialogues: list[dict[str, Any]]) -> bytes:
     return complete_sentencepiece(model.getvalue())
 
 
-def code_files() -> list[str]:
-    """The files that the Auto classes load, and all that these import relatively."""
-    files, waiting = set(), ["configuration_chatglm", "modeling_chatglm", "tokenization_chatglm"]
-    while waiting:
-        name = waiting.pop()
-        if f"{name}.py" in files:
-            continue
-        files.add(f"{name}.py")
-        for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.level == 1:
-                waiting += [node.module] if node.module else [alias.name for alias in node.names]
-    return sorted(files)
-
-
 def sync_code(folder: Path) -> list[str]:
     """Copies the package's code into `folder`, and removes from `tiny/` code files that the package no longer has."""
-    files = code_files()
+    files = [path.name for path in package_files()]
     for name in [*files, "tokenizer_config.json", "chat_template.jinja"]:
         shutil.copyfile(ROOT / name, folder / name)
     if folder.resolve() == TINY:

@@ -14,24 +14,18 @@ import argparse
 import statistics
 import sys
 import time
-import types
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from machine import describe, load_average
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from package import package_module
+
 LAYER = ((12288, 4096), (4096, 4096), (16384, 4096), (4096, 16384))  # query_key_value, dense, dense_h_to_4h, _4h_to_h
 HEAD = ((130528, 4096),)
-
-
-def load_kernels():
-    package = sys.modules["chatglm_slim"] = types.ModuleType("chatglm_slim")
-    package.__path__ = [str(ROOT)]
-    from chatglm_slim import cpu_kernels, quantization
-
-    return cpu_kernels, quantization
 
 
 class Matrix:
@@ -158,7 +152,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    kernels, quantization = load_kernels()
+    kernels, quantization = package_module("cpu_kernels"), package_module("quantization")
     print(describe())
     print("instruction set of our kernels:", kernels.instruction_set() or "none (llvmlite is missing or no AVX2)")
     matrices = [Matrix(*shape) for shape in (HEAD if options.head else LAYER)]

@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import sys
 import time
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
@@ -25,7 +24,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from package import package_module
+
 MATRICES = {  # of a layer: output by input features
     "query_key_value": (12288, 4096),
     "dense": (4096, 4096),
@@ -41,13 +43,6 @@ CONTEXTS, NEW_TOKENS = (128, 1024), 64
 MODEL_BYTES = {16: 14.5e9, 8: 8.5e9, 4: 5.5e9}  # weights, cache and temporaries at these contexts
 NOWHERE = "gpu_quantization: no NVIDIA GPU that PyTorch can use was found, so there is nothing to measure."
 REPORT = "Please report this output, whole, in the issue tracker of the repository, with the name of your system."
-
-
-def package_module(name: str) -> types.ModuleType:
-    """A module of this package, whatever the clone's folder is called."""
-    package = sys.modules.setdefault("chatglm_slim", types.ModuleType("chatglm_slim"))
-    package.__path__ = [str(ROOT)]
-    return __import__(f"chatglm_slim.{name}", fromlist=[name])
 
 
 cuda_kernels = package_module("cuda_kernels")

@@ -12,12 +12,10 @@ INT4 ones; `-head` stores embedding and head in INT8 as well. A shard that two f
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import os
 import shutil
 import sys
-import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from package import package_files, package_module  # noqa: E402
+
 DATA = ROOT / "bench_data"
 KINDS = {"16": (0, False), "int8": (8, False), "int8-head": (8, True), "int4": (4, False), "int4-head": (4, True)}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -37,15 +39,6 @@ LINEARS = {  # name in a layer: rows and columns as multiples of the hidden size
     "mlp.dense_h_to_4h": (4, 1),
     "mlp.dense_4h_to_h": (1, 4),
 }
-
-
-def package_module(name: str):
-    """A module of this package, imported without the clone being a Python package."""
-    if "chatglm_benchmarked" not in sys.modules:
-        package = types.ModuleType("chatglm_benchmarked")
-        package.__path__ = [str(ROOT)]
-        sys.modules["chatglm_benchmarked"] = package
-    return __import__(f"chatglm_benchmarked.{name}", fromlist=[name])
 
 
 def folder_of(layers: int, kind: str, dtype: str = "bfloat16", data: Path = DATA) -> Path:
@@ -168,24 +161,12 @@ def share_file(source: Path, target: Path) -> None:
 
 
 def copy_code(folder: Path) -> None:
-    """The package's Python files, found by their relative imports, and what a tokenizer needs."""
-    for name in sorted(code_files("modeling_chatglm") | code_files("tokenization_chatglm")):
-        shutil.copyfile(ROOT / f"{name}.py", folder / f"{name}.py")
+    """The package's Python files, and what a tokenizer needs."""
+    for path in package_files():
+        shutil.copyfile(path, folder / path.name)
     for name in ("tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
         shutil.copyfile(ROOT / name, folder / name)
     shutil.copyfile(ROOT / "tests" / "golden" / "tiny_sp.model", folder / "ice_text.model")
-
-
-def code_files(module: str) -> set[str]:
-    """`module` and all that it imports relatively."""
-    found, waiting = set(), {module}
-    while waiting:
-        name = waiting.pop()
-        found.add(name)
-        tree = ast.parse((ROOT / f"{name}.py").read_text())
-        imports = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1)
-        waiting |= {node.module for node in imports if node.module} - found
-    return found
 
 
 def main() -> None:

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy
 
+from package import package_module
 from slimming import checkpoint_io as io
 from slimming.checkpoint_io import StoredTensor
-from slimming.folder import package_module
 from slimming.plan import EMBEDDING, Job, Options, Plan
 
 PROMPTS = ("你好", "介绍一下清华大学", "hello world, this is a test")

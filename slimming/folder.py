@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import ast
-import importlib
 import json
 import re
 import shutil
-import sys
-import types
 from pathlib import Path
 from typing import Any
 
+from package import ROOT as PACKAGE
+from package import package_files
 from slimming import checkpoint_io as io
 from slimming.checkpoint_io import Exit, Refusal
 from slimming.plan import EMBEDDING, IDS, VOCAB_FILE, Options, Plan, Vocabulary
 
-PACKAGE = Path(__file__).resolve().parents[1]  # the model's code
-ENTRY_FILES = ("configuration_chatglm.py", "tokenization_chatglm.py", "modeling_chatglm.py")
 ID_MAP = "vocabulary_map.json"
 PAD_PIECE = "<pad>"
 TOKENIZER_CHOICES = ("do_lower_case", "remove_space", "model_max_length", "clean_up_tokenization_spaces")
@@ -44,33 +40,6 @@ def write_folder(folder: Path, plan: Plan, options: Options) -> None:
 
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
     path.write_text(json.dumps(content, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def package_files() -> list[Path]:
-    """The model's code: what transformers loads, and every file those import relatively."""
-    found: dict[str, Path] = {}
-    names = list(ENTRY_FILES)
-    while names:
-        name = names.pop()
-        if name in found:
-            continue
-        path = found[name] = PACKAGE / name
-        if not path.is_file():
-            raise Refusal(Exit.UNSUPPORTED, f"{path} is missing: run slim.py from a complete clone")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.level == 1:
-                modules = [node.module] if node.module else [alias.name for alias in node.names]
-                names += [f"{module.split('.')[0]}.py" for module in modules]
-    return sorted(found.values())
-
-
-def package_module(name: str) -> types.ModuleType:
-    """A file of the package, which imports its neighbours relatively, as a module of a package."""
-    if "chatglm_slim_package" not in sys.modules:
-        package = types.ModuleType("chatglm_slim_package")
-        package.__path__ = [str(PACKAGE)]
-        sys.modules["chatglm_slim_package"] = package
-    return importlib.import_module(f"chatglm_slim_package.{name}")
 
 
 def copy_licenses(plan: Plan, folder: Path) -> None:

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from chatglm_slim import cpu_kernels
+from chatglm_slim import cpu_kernels, cpu_runtime
 from chatglm_slim.cpu_kernel_ir import Variant, kernel_ir
 from chatglm_slim.cpu_kernels import decode_attention, dequantize, instruction_set, linear
 
@@ -24,7 +24,7 @@ def isa(request, monkeypatch):
     """Each instruction set up to the one of this machine."""
     if request.param not in INSTRUCTION_SETS[: INSTRUCTION_SETS.index(instruction_set() or "avx2") + 1]:
         pytest.skip(f"this CPU has no {request.param}")
-    monkeypatch.setitem(cpu_kernels._machine, "isa", request.param)
+    monkeypatch.setitem(cpu_runtime._machine, "isa", request.param)
     return request.param
 
 
@@ -32,8 +32,8 @@ def isa(request, monkeypatch):
 def no_llvmlite(monkeypatch):
     monkeypatch.setitem(sys.modules, "llvmlite", None)
     monkeypatch.setitem(sys.modules, "llvmlite.binding", None)
-    monkeypatch.setattr(cpu_kernels, "_machine", {})
-    monkeypatch.setattr(cpu_kernels, "_compiled", {})
+    monkeypatch.setattr(cpu_runtime, "_machine", {})
+    monkeypatch.setattr(cpu_runtime, "_compiled", {})
 
 
 def make_weight(rows, columns, bits, group=0, dtype=torch.float16, seed=0):
@@ -241,8 +241,8 @@ def test_a_wrong_kernel_is_replaced_with_one_warning(monkeypatch, kind, rows):
         text = kernel_ir(variant)
         return text.replace("fmul", "fadd", 1) if variant.kind == kind else text
 
-    monkeypatch.setattr(cpu_kernels, "kernel_ir", wrong)
-    monkeypatch.setattr(cpu_kernels, "_compiled", {})
+    monkeypatch.setattr(cpu_runtime, "kernel_ir", wrong)
+    monkeypatch.setattr(cpu_runtime, "_compiled", {})
     weight, scale, exact = make_weight(64, 256, 8)
     x = make_x(rows, 256, torch.bfloat16)
     with pytest.warns(UserWarning, match="differ from plain PyTorch"):
@@ -256,8 +256,8 @@ def test_a_wrong_kernel_is_replaced_with_one_warning(monkeypatch, kind, rows):
 
 @needs_kernels
 def test_text_that_llvm_rejects_is_replaced_with_one_warning(monkeypatch):
-    monkeypatch.setattr(cpu_kernels, "kernel_ir", lambda variant: "no IR at all")
-    monkeypatch.setattr(cpu_kernels, "_compiled", {})
+    monkeypatch.setattr(cpu_runtime, "kernel_ir", lambda variant: "no IR at all")
+    monkeypatch.setattr(cpu_runtime, "_compiled", {})
     weight, scale, _ = make_weight(64, 256, 4)
     with pytest.warns(UserWarning, match="is not used"):
         assert dequantize(weight, scale, 4, torch.float32) is None
@@ -338,7 +338,7 @@ def test_a_cpu_without_fused_multiply_add_is_not_served(monkeypatch):
     import llvmlite.binding
 
     monkeypatch.setattr(llvmlite.binding, "get_host_cpu_features", lambda: {"avx2": True, "f16c": True, "fma": False})
-    monkeypatch.setattr(cpu_kernels, "_machine", {})
+    monkeypatch.setattr(cpu_runtime, "_machine", {})
     assert instruction_set() == ""
 
 
@@ -350,7 +350,7 @@ def test_an_llvmlite_that_is_too_old_is_named(monkeypatch):
         raise RuntimeError("ptr type is only supported in -opaque-pointers mode")
 
     monkeypatch.setattr(llvmlite.binding, "parse_assembly", reject)
-    monkeypatch.setattr(cpu_kernels, "_machine", {})
+    monkeypatch.setattr(cpu_runtime, "_machine", {})
     with pytest.warns(UserWarning, match="llvmlite>=0.45"):
         assert instruction_set() == ""
 
@@ -358,9 +358,9 @@ def test_an_llvmlite_that_is_too_old_is_named(monkeypatch):
 @needs_kernels
 def test_threads_that_arrive_together_compile_once(monkeypatch):
     compiled = []
-    monkeypatch.setattr(cpu_kernels, "_compiled", {})
-    original = cpu_kernels._compile
-    monkeypatch.setattr(cpu_kernels, "_compile", lambda variant: compiled.append(variant) or original(variant))
+    monkeypatch.setattr(cpu_runtime, "_compiled", {})
+    original = cpu_runtime._compile
+    monkeypatch.setattr(cpu_runtime, "_compile", lambda variant: compiled.append(variant) or original(variant))
     weight, scale, exact = make_weight(64, 256, 8)
     x, results = make_x(1, 256, torch.float32), []
     threads = [threading.Thread(target=lambda: results.append(linear(x, weight, scale, 8))) for _ in range(4)]
@@ -375,7 +375,7 @@ def test_threads_that_arrive_together_compile_once(monkeypatch):
 
 @needs_kernels
 def test_compiling_leaves_the_callers_random_numbers_alone(monkeypatch):
-    monkeypatch.setattr(cpu_kernels, "_compiled", {})
+    monkeypatch.setattr(cpu_runtime, "_compiled", {})
     weight, scale, _ = make_weight(64, 128, 8)
     state = torch.get_rng_state()
     linear(make_x(20, 128, torch.float32), weight, scale, 8)
@@ -385,7 +385,7 @@ def test_compiling_leaves_the_callers_random_numbers_alone(monkeypatch):
 @needs_kernels
 @pytest.mark.parametrize("threads", [1, 3])
 def test_without_openmp_pythons_threads_do_the_work(monkeypatch, threads):
-    monkeypatch.setitem(cpu_kernels._machine, "openmp", None)
+    monkeypatch.setitem(cpu_runtime._machine, "GOMP_parallel", None)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     weight, scale, exact = make_weight(512, 256, 4)
     for rows in (1, 20):
@@ -395,7 +395,7 @@ def test_without_openmp_pythons_threads_do_the_work(monkeypatch, threads):
 
 @needs_kernels
 def test_defaults_of_torch_do_not_reach_the_kernels(monkeypatch):
-    monkeypatch.setattr(cpu_kernels, "_compiled", {})
+    monkeypatch.setattr(cpu_runtime, "_compiled", {})
     weight, scale, exact = make_weight(64, 128, 8)
     few, many, states = (
         make_x(1, 128, torch.bfloat16),
@@ -442,8 +442,8 @@ def test_importing_compiles_and_looks_up_nothing():
         "import sys, types\n"
         "package = sys.modules['p'] = types.ModuleType('p')\n"
         "package.__path__ = [sys.argv[1]]\n"
-        "from p import cpu_kernels\n"
-        "assert 'llvmlite' not in sys.modules and not cpu_kernels._machine and not cpu_kernels._compiled"
+        "from p import cpu_decode, cpu_kernels, cpu_runtime\n"
+        "assert 'llvmlite' not in sys.modules and not cpu_runtime._machine and not cpu_runtime._compiled"
     )
     root = cpu_kernels.__file__.rpartition("/")[0]
     subprocess.run([sys.executable, "-c", code, root], check=True, timeout=60)

@@ -10,6 +10,7 @@ from conftest import ROOT
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import train_tiny
+from package import package_files
 
 TINY = ROOT / "tiny"
 DIALOGUES = train_tiny.load_dialogues(TINY / "dialogues.jsonl")
@@ -42,7 +43,7 @@ def test_the_folder_has_at_most_10_megabytes():
 
 
 def test_the_code_files_are_those_of_the_package():
-    files = train_tiny.code_files()
+    files = [path.name for path in package_files()]
     assert {"configuration_chatglm.py", "modeling_chatglm.py", "tokenization_chatglm.py"} <= set(files)
     assert sorted(path.name for path in TINY.glob("*.py")) == files
     for name in [*files, "tokenizer_config.json", "chat_template.jinja"]:

@@ -48,13 +48,19 @@ class GrowingStates:
         used = 0 if past is None else past.shape[-2]
         if torch.is_grad_enabled() and (new.requires_grad or (used and past.requires_grad)):
             return new if not used else torch.cat((past, new), dim=-2)  # autograd keeps the past: don't write into it
+        states = self.reserve(past, new)
+        states[:, :, used:] = new
+        return states
+
+    def reserve(self, past: Optional[Tensor], new: Tensor) -> Tensor:
+        """As `append`, but the numbers of `new` are not read: who asked writes them."""
+        used = 0 if past is None else past.shape[-2]
         total = used + new.shape[-2]
         if not (used and self._holds(past, new)) or total > self.buffer.shape[-2]:
             batch, heads, _, size = new.shape
             self.buffer = new.new_empty(batch, heads, total + CHUNK - total % CHUNK, size)
             if used:
                 self.buffer[:, :, :used] = past
-        self.buffer[:, :, used:total] = new
         return self.buffer[:, :, :total]
 
     def _holds(self, past: Tensor, new: Tensor) -> bool:
@@ -91,6 +97,13 @@ if DynamicLayer is None:
             self.key_cache[layer_idx] = keys.append(self.key_cache[layer_idx], key_states)
             self.value_cache[layer_idx] = values.append(self.value_cache[layer_idx], value_states)
             return self.key_cache[layer_idx], self.value_cache[layer_idx]
+
+        def reserve(self, new: Tensor, layer_idx: int):
+            if layer_idx == 0 and hasattr(self, "_seen_tokens"):
+                self._seen_tokens += new.shape[-2]
+            for cache, states in zip((self.key_cache, self.value_cache), self._states[layer_idx]):
+                cache[layer_idx] = states.reserve(cache[layer_idx], new)
+            return self.key_cache[layer_idx], self.value_cache[layer_idx]
 else:
 
     class GrowingLayer(DynamicLayer):
@@ -105,6 +118,11 @@ else:
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
             self.keys = self._key_states.append(past[0], key_states)
             self.values = self._value_states.append(past[1], value_states)
+            return self.keys, self.values
+
+        def reserve(self, new: Tensor):
+            self.keys = self._key_states.reserve(self.keys, new)
+            self.values = self._value_states.reserve(self.values, new)
             return self.keys, self.values
 
     class GrowingCache(DynamicCache):
@@ -136,6 +154,19 @@ def as_cache(past):
         elif all(type(layer) is DynamicLayer for layer in past.layers) and not getattr(past, "offloading", False):
             grow_in_place(past)
     return past
+
+
+def grows_in_place(cache) -> bool:
+    """Whether `reserve` serves this cache."""
+    if DynamicLayer is None:
+        return type(cache) is GrowingCache
+    return isinstance(cache, DynamicCache) and all(type(layer) is GrowingLayer for layer in cache.layers)
+
+
+def reserve(cache, layer_idx: int, new: Tensor) -> tuple[Tensor, Tensor]:
+    """All keys and values of a layer, [B, H, K, D] each, with room at the end for `new` [B, H, s, D], which counts as
+    cached from now on and is written by the caller."""
+    return cache.reserve(new, layer_idx) if DynamicLayer is None else cache.layers[layer_idx].reserve(new)
 
 
 def cached_length(cache):

@@ -32,8 +32,10 @@ from transformers.utils import logging
 # All files of the package: transformers before 5 copies only those that this one imports itself.
 from .chat import Answer, FiniteScores, Rounds, TokenTap, process_response, with_round
 from .configuration_chatglm import ChatGLMConfig
+from .cpu_decode import decode_step
 from .cpu_kernel_ir import kernel_ir  # noqa: F401
 from .cpu_kernels import decode_attention
+from .cpu_runtime import instruction_set  # noqa: F401
 from .cuda_kernels import linear as cuda_linear  # noqa: F401
 from .kv_cache import Past, as_cache, cached_length, fixed_length, is_tracing
 from .quantization import (
@@ -449,15 +451,32 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         output_hidden_states = (
             self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         )
-        checkpointing = self.gradient_checkpointing and self.training
-        use_cache = (self.config.use_cache if use_cache is None else use_cache) and not checkpointing
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        use_cache = use_cache and not (self.gradient_checkpointing and self.training)
         hidden = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         cache = as_cache(past_key_values) if use_cache or past_key_values is not None else None
         seen, prefix = self._start(cache, hidden)
         position_ids, visible = self._place(input_ids, hidden, position_ids, attention_mask, cache, seen)
         rows = position_ids.shape[1]
         rotary = rotary_tables(position_ids, self.config.head_size // rows, hidden.dtype)
-        past = Past(cache, prefix, hidden.shape[1], hidden.device)
+        last, hidden_states, attentions = None, None, None
+        if hidden.shape[1] == 1 and visible is None and not (output_attentions or output_hidden_states):
+            last = self._decode_step(hidden, rotary, cache, seen)
+        if last is None:
+            past = Past(cache, prefix, hidden.shape[1], hidden.device)
+            hidden_states, attentions = self._run_blocks(hidden, rotary, visible, past, output_attentions)
+            last = hidden_states[-1]
+        output = BaseModelOutputWithPast(
+            last_hidden_state=last,
+            past_key_values=cache if use_cache else None,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+    def _run_blocks(self, hidden: Tensor, rotary, visible, past: Past, output_attentions: bool):
+        """The embeddings and the output of each block, the last one after the final LayerNorm; attention weights."""
+        checkpointing = self.gradient_checkpointing and self.training
         hidden_states, attentions = [hidden], []
         for layer in self.layers:
             arguments = (hidden, rotary, visible, past, output_attentions)
@@ -466,15 +485,15 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             hidden, weights = step(*arguments)
             hidden_states.append(hidden)
             attentions.append(weights)
-        hidden = self.final_layernorm(hidden)
-        hidden_states[-1] = hidden
-        output = BaseModelOutputWithPast(
-            last_hidden_state=hidden,
-            past_key_values=cache if use_cache else None,
-            hidden_states=tuple(hidden_states) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
-        )
-        return output if return_dict is not False else output.to_tuple()
+        hidden_states[-1] = self.final_layernorm(hidden)
+        return hidden_states, attentions
+
+    def _decode_step(self, hidden: Tensor, rotary, cache, seen) -> Optional[Tensor]:
+        """What `_run_blocks` computes for one new token, by CPU kernels where they serve."""
+        eager = getattr(self.config, "_attn_implementation", None) == "eager"
+        if hidden.device.type != "cpu" or eager or is_tracing() or not seen:
+            return None
+        return decode_step(self.layers, self.final_layernorm, hidden, rotary, cache)
 
     def _start(self, cache, hidden: Tensor):
         """Number of tokens already cached (without the prefix), and the prefix where no cache holds it."""

@@ -1,0 +1,346 @@
+"""Decode steps as a program of CPU kernels: equal to the plain network, and aware of whatever changes in it."""
+
+import threading
+
+import pytest
+import torch
+from chatglm_slim import cpu_decode, cpu_runtime, modeling_chatglm
+from chatglm_slim.cpu_kernel_ir import Variant, kernel_ir
+from chatglm_slim.cpu_kernels import instruction_set
+from chatglm_slim.modeling_chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
+from test_cpu_kernels import isa  # noqa: F401  a fixture
+
+pytestmark = pytest.mark.skipif(
+    not instruction_set() or cpu_runtime.openmp_function("GOMP_barrier") is None,
+    reason="needs llvmlite, a CPU with AVX2 and FMA, and GNU's OpenMP",
+)
+GMASK, SOP, EOP, PAD = 1101, 1104, 1105, 3
+IDS = torch.tensor([[5, 9, 700, 33, 12, GMASK, SOP, 40, 41, 42, 43, 44]])
+BOUND = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.1}  # as for the products alone
+TYPES = ("float", "bfloat", "half")
+
+
+def make_model(dtype=torch.bfloat16, quantization=None, **changes):
+    sizes = {"hidden_size": 128, "num_layers": 3, "num_attention_heads": 4, "inner_hidden_size": 256}
+    config = ChatGLMConfig(
+        vocab_size=1472, bos_token_id=SOP, eos_token_id=EOP, gmask_token_id=GMASK, pad_token_id=PAD, **sizes, **changes
+    )
+    torch.manual_seed(3)
+    model = ChatGLMForConditionalGeneration(config).eval().to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.transformer.layers.named_parameters():  # no term may be lost in the others
+            if "layernorm" not in name:
+                parameter.normal_(0, 0.2)
+    return model.quantize(**quantization) if quantization else model
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """For each decode step, whether the program served it."""
+    seen, real = [], modeling_chatglm.decode_step
+
+    def counted(*arguments):
+        last = real(*arguments)
+        seen.append(last is not None)
+        return last
+
+    monkeypatch.setattr(modeling_chatglm, "decode_step", counted)
+    return seen
+
+
+def steps(model, ids=IDS, prompt=8, **arguments):
+    """Logits of the last prompt token and of each further one, [B, steps, V], and the cache."""
+    output = model(ids[:, :prompt], use_cache=True, **arguments)
+    logits = [output.logits[:, -1:]]
+    for index in range(prompt, ids.shape[1]):
+        output = model(ids[:, index, None], past_key_values=output.past_key_values, use_cache=True)
+        logits.append(output.logits)
+    return torch.cat(logits, dim=1).float(), output.past_key_values
+
+
+def plain_steps(monkeypatch, model, *arguments, **named):
+    with monkeypatch.context() as patch:
+        patch.setattr(modeling_chatglm, "decode_step", lambda *rest: None)
+        return steps(model, *arguments, **named)
+
+
+def assert_equals_plain(monkeypatch, model, *arguments, bound=None, **named):
+    (logits, cache), (plain, plain_cache) = (
+        steps(model, *arguments, **named),
+        plain_steps(monkeypatch, model, *arguments, **named),
+    )
+    bound = bound or BOUND[model.dtype]
+    assert plain.abs().max() > 0.5
+    torch.testing.assert_close(logits, plain, rtol=0, atol=bound)
+    for ours, theirs in zip(cache_tensors(cache), cache_tensors(plain_cache)):
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=0.02, atol=3 * bound)
+
+
+def cache_tensors(cache):
+    layers = getattr(cache, "layers", None)
+    if layers is None:
+        return [*cache.key_cache, *cache.value_cache]
+    return [states for layer in layers for states in (layer.keys, layer.values)]
+
+
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("parameters", TYPES)
+def test_small_kernels_equal_float64(isa, name, parameters):  # noqa: F811
+    norm = Variant("residual_norm", isa, 16, 0, parameters, parameters, name)
+    gelu = Variant("gelu", isa, 16, 0, parameters, "", name)
+    attention = Variant("rotary_attention", isa, 16, 0, parameters, "", name, head_size=32, position_rows=2)
+    cases = [(norm, cpu_decode.tried_norm), (gelu, cpu_decode.tried_gelu)]
+    for size, rows in ((32, 1), (32, 2), (96, 2), (128, 2), (256, 2)):
+        cases.append((attention._replace(head_size=size, position_rows=rows), cpu_decode.tried_rotary_attention))
+    for variant, trial in cases:
+        kernel = cpu_runtime._compile(variant)
+        y, exact, bound = trial(variant, kernel[0])
+        assert ((y - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("change", [("fadd", "fsub"), ("fmul", "fadd"), ("fsub", "fadd"), ("fdiv", "fmul")])
+@pytest.mark.parametrize("kind", ["residual_norm", "gelu", "rotary_attention"])
+def test_trials_find_a_wrong_instruction_wherever_it_is(kind, change, monkeypatch):
+    trial = {"residual_norm": cpu_decode.tried_norm, "gelu": cpu_decode.tried_gelu}
+    trial = trial.get(kind, cpu_decode.tried_rotary_attention)
+    sizes = {"head_size": 32, "position_rows": 2} if kind == "rotary_attention" else {}
+    variant = Variant(kind, instruction_set(), 16, 0, "float", "float", "float", **sizes)
+    text = kernel_ir(variant)
+    places = [place for place in range(len(text)) if text.startswith(f"= {change[0]} ", place)]
+    assert places or (kind, change[0]) == ("residual_norm", "fmul")  # it multiplies and adds at once
+    missed = 0
+    for place in places:
+        wrong = text[:place] + text[place:].replace(change[0], change[1], 1)
+        monkeypatch.setattr(cpu_runtime, "kernel_ir", lambda variant, wrong=wrong: wrong)
+        kernel = cpu_runtime._compile(variant)
+        y, exact, bound = trial(variant, kernel[0])
+        missed += bool(((y - exact).abs() <= bound).all())
+    assert not missed, f"{missed} of {len(places)}"
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize(
+    "quantization", [{"bits": 8}, {"bits": 4}, {"bits": 4, "group_size": 32, "quantize_head": 8}, None], ids=str
+)
+@torch.no_grad()
+def test_decode_steps_equal_the_plain_network(monkeypatch, served, dtype, quantization):
+    model = make_model(dtype, quantization)
+    assert_equals_plain(monkeypatch, model)
+    assert served == [quantization is not None or dtype != torch.float32] * (IDS.shape[1] - 8)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@torch.no_grad()
+def test_any_number_of_threads_gives_the_same_bits(served, threads):
+    model = make_model(torch.bfloat16, {"bits": 4})
+    before = torch.get_num_threads()
+    first, _ = steps(model)
+    try:
+        torch.set_num_threads(threads)
+        for _ in range(3):
+            again, _ = steps(model)
+            assert torch.equal(first, again)
+    finally:
+        torch.set_num_threads(before)
+    assert all(served)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"position_encoding_2d": False}, {"pre_seq_len": 5}, {"pre_seq_len": 5, "prefix_projection": True}],
+    ids=str,
+)
+@torch.no_grad()
+def test_other_positions_and_a_prefix(monkeypatch, served, changes):
+    assert_equals_plain(monkeypatch, make_model(**changes))
+    assert all(served)
+
+
+@pytest.mark.parametrize("batch", [2, 4, 5])
+@torch.no_grad()
+def test_batches_of_up_to_four_sequences(monkeypatch, served, batch):
+    ids = IDS.repeat(batch, 1)
+    ids[1:, 1:4] += torch.arange(1, batch)[:, None]
+    assert_equals_plain(monkeypatch, make_model(), ids)
+    assert served == [batch <= 4] * (IDS.shape[1] - 8)
+
+
+@torch.no_grad()
+def test_padded_batches_take_the_plain_way(monkeypatch, served):
+    ids = torch.cat((torch.cat((torch.full((1, 2), PAD), IDS), 1), torch.cat((IDS[:, :2], IDS), 1)))
+    assert_equals_plain(monkeypatch, make_model(), ids, prompt=10)
+    assert not any(served)
+
+
+@torch.no_grad()
+def test_the_cache_grows_past_its_buffers(monkeypatch, served):
+    ids = torch.cat((IDS, torch.arange(300)[None] % 1000 + 10), dim=1)
+    assert_equals_plain(monkeypatch, make_model(torch.float16), ids, prompt=250, bound=0.03)
+    assert all(served)
+
+
+@torch.no_grad()
+def test_cropped_reordered_and_rebuilt_caches_are_continued(monkeypatch, served):
+    model = make_model(torch.float16)
+
+    def branches():
+        _, cache = steps(model, IDS.repeat(2, 1))
+        if hasattr(cache, "crop"):
+            cache.crop(-3)
+        else:
+            cache = tuple((k[:, :, :9], v[:, :, :9]) for k, v in zip(cache.key_cache, cache.value_cache))
+            cache = modeling_chatglm.as_cache(cache)
+        cache.reorder_cache(torch.tensor([1, 1]))
+        positions = torch.tensor([[[5], [4]]] * 2)
+        return model(torch.tensor([[7], [8]]), past_key_values=cache, position_ids=positions).logits.float()
+
+    ours = branches()
+    assert all(served) and len(served) == 5
+    monkeypatch.setattr(modeling_chatglm, "decode_step", lambda *rest: None)
+    torch.testing.assert_close(ours, branches(), rtol=0, atol=0.01)
+
+
+def test_gradients_take_the_plain_way(served):
+    model = make_model()
+    with torch.no_grad():
+        _, cache = steps(model)
+    served.clear()
+    model(torch.tensor([[7]]), past_key_values=cache).logits.float().sum().backward()
+    assert served == [False] and model.transformer.layers[0].mlp.dense_h_to_4h.weight.grad is not None
+
+
+def replace_weight(model):
+    layer = model.transformer.layers[1].mlp.dense_4h_to_h
+    layer.weight = torch.nn.Parameter(-layer.weight)
+
+
+def write_into_weight(model):
+    model.transformer.layers[1].attention.dense.weight.mul_(-1)
+
+
+def move_data(model):
+    norm = model.transformer.layers[2].input_layernorm
+    norm.weight.data = -norm.weight.data
+
+
+def add_hook(model):
+    model.transformer.layers[0].mlp.register_forward_hook(lambda module, inputs, output: -output)
+
+
+def replace_forward(model):
+    attention = model.transformer.layers[0].attention.dense
+    real = attention.forward
+    attention.forward = lambda x: -real(x)
+
+
+def replace_layer(model):
+    block = model.transformer.layers[1].mlp
+    block.dense_h_to_4h = torch.nn.Sequential(block.dense_h_to_4h, torch.nn.LeakyReLU(-1.0))
+
+
+def change_norm(model):
+    model.transformer.final_layernorm.weight = torch.nn.Parameter(-model.transformer.final_layernorm.weight)
+
+
+def quantize(model):
+    model.quantize(4)
+
+
+def change_type(model):
+    model.half()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(replace_weight, write_into_weight, move_data, add_hook, replace_forward, replace_layer, change_norm),
+        *(quantize, change_type),
+    ],
+)
+@torch.no_grad()
+def test_a_change_between_two_steps_is_noticed(monkeypatch, served, change):
+    model = make_model()
+    before, _ = steps(model)
+    change(model)
+    assert_equals_plain(monkeypatch, model, bound=0.1)
+    after, _ = steps(model)
+    assert (before - after).abs().max() > (0.3 if change not in (change_type, quantize) else 1e-3)
+    assert all(served[:4])
+
+
+@torch.no_grad()
+def test_lora_of_peft_is_noticed(monkeypatch, served):
+    peft = pytest.importorskip("peft")
+    model = make_model(torch.bfloat16, {"bits": 4})
+    before, _ = steps(model)
+    served.clear()
+    config = peft.LoraConfig(r=4, target_modules=["query_key_value"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config).eval()
+    after, _ = steps(adapted.base_model.model)
+    assert not any(served) and (before - after).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_eager_attention_and_attention_weights_take_the_plain_way(served):
+    model = make_model()
+    _, cache = steps(model)
+    served.clear()
+    output = model(torch.tensor([[7]]), past_key_values=cache, output_attentions=True)
+    assert output.attentions[0].shape[-1] == IDS.shape[1] + 1 and served == []
+    output = model(torch.tensor([[7]]), past_key_values=cache, output_hidden_states=True)
+    assert len(output.hidden_states) == 4 and served == []
+
+
+def test_generate_gives_the_plain_tokens(monkeypatch, served):
+    model = make_model(torch.float16, {"bits": 8})
+    arguments = {"max_new_tokens": 12, "attention_mask": torch.ones_like(IDS[:, :7])}
+    for options in ({"do_sample": False}, {"do_sample": False, "num_beams": 3}):
+        served.clear()
+        ours = model.generate(IDS[:, :7], **arguments, **options)
+        assert served and all(served)
+        with monkeypatch.context() as patch:
+            patch.setattr(modeling_chatglm, "decode_step", lambda *rest: None)
+            assert ours.tolist() == model.generate(IDS[:, :7], **arguments, **options).tolist()
+
+
+@torch.no_grad()
+def test_threads_that_decode_with_one_model_do_not_mix():
+    model = make_model(torch.bfloat16, {"bits": 4})
+    prompts = [torch.cat((IDS[:, :7], torch.full((1, 20), 30 + n)), dim=1) for n in range(3)]
+    alone = [steps(model, prompt)[0] for prompt in prompts]
+    together: dict[int, torch.Tensor] = {}
+
+    def work(number):
+        with torch.no_grad():
+            together[number] = steps(model, prompts[number])[0]
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, expected in enumerate(alone):
+        assert torch.equal(together[number], expected)
+
+
+@torch.no_grad()
+def test_a_wrong_kernel_is_replaced_by_the_plain_network(monkeypatch, served):
+    def wrong(variant):
+        text = kernel_ir(variant)
+        return text.replace("fdiv", "fmul", 1) if variant.kind == "gelu" else text
+
+    monkeypatch.setattr(cpu_runtime, "kernel_ir", wrong)
+    monkeypatch.setattr(cpu_runtime, "_compiled", {})
+    with pytest.warns(UserWarning, match="gelu.*differ from plain PyTorch"):
+        assert_equals_plain(monkeypatch, make_model())
+    assert not any(served)
+
+
+@torch.no_grad()
+def test_programs_go_with_their_models(served):
+    before = len(cpu_decode._programs)
+    model = make_model()
+    steps(model)
+    assert len(cpu_decode._programs) == before + 1
+    del model
+    assert len(cpu_decode._programs) == before
