@@ -270,7 +270,7 @@ def test_a_change_between_two_steps_is_noticed(monkeypatch, served, change):
 
 @torch.no_grad()
 def test_lora_of_peft_is_noticed(monkeypatch, served):
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", exc_type=ImportError)
     model = make_model(torch.bfloat16, {"bits": 4})
     before, _ = steps(model)
     served.clear()
