@@ -22,7 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from .cpu_kernel_ir import CHUNK, LARGEST_HEAD, Arguments, Variant, attention_scratch
-from .cpu_kernels import GEMV_ROWS, attention_arguments, gemv_arguments, gemv_variant, is_served, tried_product
+from .cpu_kernels import (
+    GEMV_ROWS,
+    attention_arguments,
+    gelu_arguments,
+    gemv_arguments,
+    gemv_variant,
+    is_served,
+    tried_gelu,
+    tried_product,
+)
 from .cpu_runtime import (
     IR_TYPES,
     WORD,
@@ -44,7 +53,6 @@ from .kv_cache import grows_in_place, reserve
 from .quantization import Linear, QuantizedLinear
 
 STEPS, ATTENTION = 8, 2  # kernels of a block, behind the norm that comes before the first; attention's place there
-GELU_CHUNKS = 8  # that a thread takes at a time
 
 _programs: weakref.WeakKeyDictionary[nn.Module, Program] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()  # a program has one set of buffers
@@ -158,15 +166,16 @@ class Program:
         return Step(variant, tried_product, variant.gemv_scratch(x.shape[1]), arguments)
 
     def _norm(self, residual: Tensor, factor: float, x: Tensor, bias: Tensor, norm: nn.LayerNorm) -> Step:
-        types = (IR_TYPES[tensor.dtype] for tensor in (bias, norm.weight, residual))
+        types = ("", IR_TYPES[norm.weight.dtype], IR_TYPES[residual.dtype])
         arguments = norm_arguments(residual, factor, x, bias, norm.weight, norm.bias, norm.eps, self.normed)
-        variant = Variant("residual_norm", instruction_set(), 16, 0, *types)
+        variant = Variant("residual_norm", instruction_set(), 16, 0, *types, bias=IR_TYPES[bias.dtype])
         return Step(variant, tried_norm, residual.shape[1], arguments)
 
     def _attention(self, attention: nn.Module, position_rows: int) -> Step:
         bias = attention.query_key_value.bias
         variant = Variant(
-            *("rotary_attention", instruction_set(), 16, 0, IR_TYPES[bias.dtype], "", IR_TYPES[self.purpose.dtype]),
+            *("rotary_attention", instruction_set(), 16, 0, "", "", IR_TYPES[self.purpose.dtype]),
+            bias=IR_TYPES[bias.dtype],
             head_size=attention.head_size,
             position_rows=position_rows,
         )
@@ -174,7 +183,8 @@ class Program:
         return Step(variant, tried_rotary_attention, attention_scratch(1024), {**arguments, "rows": 0, "task_rows": 1})
 
     def _gelu(self, bias: Tensor) -> Step:
-        variant = Variant("gelu", instruction_set(), 16, 0, IR_TYPES[bias.dtype], "", IR_TYPES[self.purpose.dtype])
+        bias_type, inner_type = IR_TYPES[bias.dtype], IR_TYPES[self.purpose.dtype]
+        variant = Variant("gelu", instruction_set(), 16, 0, "", "float", inner_type, bias=bias_type)
         return Step(variant, tried_gelu, 0, gelu_arguments(self.sums, bias, self.inner))
 
     def _assemble(self, steps: list[Step]) -> None:
@@ -246,15 +256,10 @@ def norm_arguments(residual, factor: float, x, bias, gamma, beta, epsilon: float
     return {**places, **numbers, "rows": y.shape[0], "chunks": y.shape[1] // CHUNK, "task_rows": 1}
 
 
-def gelu_arguments(x: Tensor, bias: Tensor, y: Tensor) -> dict[str, Tensor | int]:
-    chunks = y.shape[1] // CHUNK
-    return {"x": x, "bias": bias, "y": y, "rows": y.shape[0] * chunks, "chunks": chunks, "task_rows": GELU_CHUNKS}
-
-
 def tried_norm(variant: Variant, address: int) -> tuple[Tensor, Tensor, Tensor]:
     columns, dtype = 3 * CHUNK, dtype_of(variant.x)
     x, residual = noise(3, columns), noise(3, columns).flip(0).to(dtype)
-    bias, (gamma, beta) = noise(columns, dtype=dtype_of(variant.weight)), noise(2, columns).to(dtype_of(variant.scale))
+    bias, (gamma, beta) = noise(columns, dtype=dtype_of(variant.bias)), noise(2, columns).to(dtype_of(variant.scale))
     y = empty(3, columns, dtype=dtype)
     run(address, columns, **norm_arguments(residual, 1.5, x, bias, gamma, beta, 0.5, y))
     total = 1.5 * residual.double() + x.double() + bias.double()
@@ -262,19 +267,10 @@ def tried_norm(variant: Variant, address: int) -> tuple[Tensor, Tensor, Tensor]:
     return y, exact, 1e-5 * (1 + exact.abs()) + torch.finfo(dtype).eps * exact.abs()
 
 
-def tried_gelu(variant: Variant, address: int) -> tuple[Tensor, Tensor, Tensor]:
-    columns = 3 * CHUNK
-    x, bias = 4 * noise(2, columns), noise(columns, dtype=dtype_of(variant.weight))
-    y = empty(2, columns, dtype=dtype_of(variant.x))
-    run(address, **gelu_arguments(x, bias, y))
-    exact = nn.functional.gelu(x.double() + bias.double(), approximate="tanh")
-    return y, exact, 1e-6 * (1 + exact.abs()) + torch.finfo(y.dtype).eps * exact.abs()
-
-
 def tried_rotary_attention(variant: Variant, address: int) -> tuple[Tensor, Tensor, Tensor]:
     """Two sequences of two heads with 36 tokens before; the result is the context, and the new keys and values."""
     size, rows, dtype, heads = variant.head_size, variant.position_rows, dtype_of(variant.x), 2
-    x, bias = noise(2, heads, 3, size), noise(heads, 3, size, dtype=dtype_of(variant.weight))
+    x, bias = noise(2, heads, 3, size), noise(heads, 3, size, dtype=dtype_of(variant.bias))
     x[0, 0] *= 20  # scores whose exponentials need the largest one subtracted
     states, context = noise(4, heads, 40, size).to(dtype), empty(2, heads, size, dtype=dtype)
     key, value = states[:, :, :37].split(2)

@@ -19,15 +19,17 @@ from .cpu_runtime import IR_TYPES, dtype_of, empty, instruction_set, is_plain, k
 GEMV_ROWS = 4  # rows of activations in one pass over the weight: more sums than that do not fit the registers
 FEW_ROWS = {4: 16, 8: 12, 16: 8}  # bits -> up to so many rows, passes of a gemv beat a gemm; benchmarks/cpu_kernels.py
 TORCH_INT8_ROWS = 16  # up to so many rows, torch's INT8 kernel beats unpacking in plain PyTorch
+GELU_CHUNKS = 8  # that a thread takes at a time
 SLAB_ROWS = 256  # rows of activations in one matrix product, so that they stay in the last-level cache
 
 
-def linear(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int) -> Tensor | None:
-    """x @ (scale * weight).T without the weight in full precision, or None where this machine or shape is not served.
+def linear(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int, bias: Tensor | None = None) -> Tensor | None:
+    """x @ (scale * weight).T + bias without the weight in full precision, or None where that is not served.
 
     x: [M, K] float32, bfloat16 or float16; the result is [M, N] of the same type.
     weight: bits 8: int8 [N, K]; 4: int8 [N, K/2], even column in the high nibble; 16: float16 or bfloat16 [N, K].
     scale: [N], or [N, K/group] with groups of 32, 64 or 128 columns, of any of the three types; None for 16 bits.
+    bias: [N] of any of the three types; added in float32, before the one rounding.
     Not differentiable. Served: contiguous CPU tensors with N % 4 == 0 and K % 128 == 0.
 
     >>> weight = torch.tensor([[1, -128], [2, 3], [0, 0], [127, 5]], dtype=torch.int8).repeat(1, 64)
@@ -35,15 +37,15 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int) -> Tensor
     >>> y is None or y.tolist()
     [[-4064.0, 160.0, 0.0, 4224.0]]
     """
-    if not is_served(x, weight, scale, bits):
+    if not is_served(x, weight, scale, bits) or not (bias is None or _is_vector(bias)):
         return None
     rows = x.shape[0]
     if rows <= FEW_ROWS[bits] or weight.shape[0] < BLOCK_ROWS:
-        y = _gemv(x, weight, scale, bits)
+        y = _gemv(x, weight, scale, bits, bias)
     else:
-        y = _gemm(x, weight, scale, bits)
+        y = _gemm(x, weight, scale, bits, bias)
     if y is None and rows <= TORCH_INT8_ROWS:
-        return _torch_linear(x, weight, scale, bits)
+        return _torch_linear(x, weight, scale, bits, bias)
     return y
 
 
@@ -53,6 +55,26 @@ def dequantize(weight: Tensor, scale: Tensor | None, bits: int, dtype: torch.dty
         return None
     address = kernel_address(_variant("dequantize", weight, scale, bits, dtype), _tried_dequantize)
     return None if address is None else _run_dequantize(address, weight, scale, bits, dtype)
+
+
+def gelu(x: Tensor) -> Tensor | None:
+    """GELU in its tanh form of [..., K] in bfloat16 or float16, computed in float32; None where not served, which is
+    for K % 128 != 0 and where a gradient is wanted."""
+    if (
+        not _is_vector(x)
+        or x.dtype == torch.float32
+        or x.shape[-1] % CHUNK
+        or not x.numel()
+        or (torch.is_grad_enabled() and x.requires_grad)
+    ):
+        return None
+    name = IR_TYPES[x.dtype]
+    address = kernel_address(Variant("gelu", instruction_set(), 16, 0, "", name, name), tried_gelu)
+    if address is None:
+        return None
+    y = empty(*x.shape, dtype=x.dtype)
+    run(address, **gelu_arguments(x, None, y))
+    return y
 
 
 def decode_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None) -> Tensor | None:
@@ -107,6 +129,10 @@ def is_served(x: Tensor | None, weight: Tensor, scale: Tensor | None, bits: int)
     return all(is_plain(tensor) and tensor.is_contiguous() for tensor in (x, weight, scale) if tensor is not None)
 
 
+def _is_vector(tensor: Tensor) -> bool:
+    return is_plain(tensor) and tensor.is_contiguous() and tensor.dtype in IR_TYPES
+
+
 @functools.lru_cache(maxsize=1024)
 def _fits(bits: int, dtype: torch.dtype, shape: tuple, x: tuple | None, scale: tuple | None) -> bool:
     """Whether types and shapes are served; x and scale are (type, shape) or None. Asked for every product: cached."""
@@ -125,7 +151,7 @@ def _fits(bits: int, dtype: torch.dtype, shape: tuple, x: tuple | None, scale: t
 # ---------------------------------------------------------------------------------------------- the routes
 
 
-def _gemv(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int) -> Tensor | None:
+def _gemv(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int, bias: Tensor | None) -> Tensor | None:
     """Passes over the packed weight, GEMV_ROWS rows of x each."""
     parts = []
     for part in x.split(GEMV_ROWS) if len(x) > GEMV_ROWS else (x,):
@@ -134,7 +160,8 @@ def _gemv(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int) -> Tensor 
         if address is None:
             return None
         parts.append(_run_gemv(variant, address, part, weight, scale))
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(x.dtype)
+    y = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return (y if bias is None else y.add_(bias)).to(x.dtype)
 
 
 def gemv_variant(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int) -> Variant:
@@ -152,22 +179,26 @@ def _run_gemv(variant: Variant, address: int, x: Tensor, weight: Tensor, scale: 
     return y
 
 
-def _gemm(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int) -> Tensor | None:
+def _gemm(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int, bias: Tensor | None) -> Tensor | None:
     """Unpacks the weight block by block in each thread's cache and multiplies it with all rows of x."""
     variant = _variant("gemm", weight, scale, bits, x.dtype)
     if bits == 16 and variant.dots_bf16:
         return None  # torch's own product is as fast
+    variant = variant._replace(bias="" if bias is None else IR_TYPES[bias.dtype])
     address = kernel_address(variant, tried_product)
-    return None if address is None else _run_gemm(variant, address, x, weight, scale)
+    return None if address is None else _run_gemm(variant, address, x, weight, scale, bias)
 
 
-def _run_gemm(variant: Variant, address: int, x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+def _run_gemm(
+    variant: Variant, address: int, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None
+) -> Tensor:
     x, y = x.detach(), empty(-(-x.shape[0] // PANEL) * PANEL, weight.shape[0], dtype=x.dtype)
     size = {"rows": weight.shape[0], "chunks": x.shape[1] // CHUNK, "task_rows": BLOCK_ROWS}
     for start in range(0, x.shape[0], SLAB_ROWS):
         panels = _panels(x[start : start + SLAB_ROWS], variant.dots_bf16)
         scratch = variant.gemm_scratch(len(panels))
-        run(address, scratch, weight=weight, scale=scale, x=panels, y=y[start:], panels=len(panels), **size)
+        places = {"weight": weight, "scale": scale, "bias": bias, "x": panels, "y": y[start:]}
+        run(address, scratch, panels=len(panels), **places, **size)
     return y[: x.shape[0]]
 
 
@@ -209,7 +240,13 @@ def attention_arguments(key: Tensor, value: Tensor) -> dict[str, int]:
     return arguments
 
 
-def _torch_linear(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int) -> Tensor | None:
+def gelu_arguments(x: Tensor, bias: Tensor | None, y: Tensor) -> dict[str, Tensor | int | None]:
+    chunks = y.shape[-1] // CHUNK
+    size = {"rows": y.numel() // CHUNK, "chunks": chunks, "task_rows": GELU_CHUNKS}
+    return {"x": x, "bias": bias, "y": y, **size}
+
+
+def _torch_linear(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int, bias: Tensor | None) -> Tensor | None:
     """torch's INT8 product, which is fast for bfloat16 activations only; the scale is applied afterwards, unrounded.
 
     torch's INT4 product is left aside: it wants a packed copy of every weight, which would double the memory."""
@@ -222,7 +259,8 @@ def _torch_linear(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int) ->
     else:  # each nibble at the top of its byte is sixteen times its value
         even, odd = inputs[:, ::2].contiguous(), inputs[:, 1::2].contiguous()
         y = (product(even, weight & -16, ones).float() + product(odd, weight << 4, ones).float()) / 16
-    return (y * scale.float()).to(x.dtype)
+    y = y * scale.float()
+    return (y if bias is None else y.add_(bias)).to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------- variants, their trials
@@ -240,9 +278,13 @@ def tried_product(variant: Variant, address: int) -> tuple[Tensor, Tensor, Tenso
     columns = max(variant.block_columns, variant.slab_columns) + CHUNK  # neither blocks of rows nor columns are whole
     weight, scale, exact = _example(variant, BLOCK_ROWS + TILE, columns)
     x = noise(variant.rows or 2 * PANEL + 1, columns).to(dtype_of(variant.x))
-    y = (_run_gemv if variant.kind == "gemv" else _run_gemm)(variant, address, x, weight, scale)
+    if variant.kind == "gemv":
+        bias, y = None, _run_gemv(variant, address, x, weight, scale)
+    else:
+        bias = noise(len(weight), dtype=dtype_of(variant.bias)) if variant.bias else None
+        y = _run_gemm(variant, address, x, weight, scale, bias)
     rounded_weight = 2.0**-9 if variant.kind == "gemm" and variant.dots_bf16 and variant.group else 0.0
-    magnitude, exact = x.double().abs() @ exact.abs().T, x.double() @ exact.T
+    magnitude, exact = x.double().abs() @ exact.abs().T, x.double() @ exact.T + (0 if bias is None else bias.double())
     return y, exact, (1e-5 + rounded_weight) * magnitude + torch.finfo(y.dtype).eps * exact.abs()
 
 
@@ -263,6 +305,15 @@ def _tried_attention(variant: Variant, address: int) -> tuple[Tensor, Tensor, Te
     weights = (scores if mask is None else scores + mask.double()).softmax(-1)
     exact, size = weights @ value.double(), weights @ value.double().abs()
     return y, exact, 1e-5 * size + torch.finfo(y.dtype).eps * exact.abs()
+
+
+def tried_gelu(variant: Variant, address: int) -> tuple[Tensor, Tensor, Tensor]:
+    columns = 3 * CHUNK
+    x, y = (4 * noise(2, columns)).to(dtype_of(variant.scale)), empty(2, columns, dtype=dtype_of(variant.x))
+    bias = noise(columns, dtype=dtype_of(variant.bias)) if variant.bias else None
+    run(address, **gelu_arguments(x, bias, y))
+    exact = torch.nn.functional.gelu(x.double() + (0 if bias is None else bias.double()), approximate="tanh")
+    return y, exact, 1e-6 * (1 + exact.abs()) + torch.finfo(y.dtype).eps * exact.abs()
 
 
 def _example(variant: Variant, rows: int, columns: int) -> tuple[Tensor, Tensor | None, Tensor]:

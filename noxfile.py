@@ -25,7 +25,14 @@ import nox
 RUNGS = ["4.23.1", "4.26.1", "4.36.2", "4.41.2", "4.49.0", "4.57.6", "5.0.0", "5.23.0"]
 # test_compat.py holds a row of the table for each feature; the others are the ordinary tests of the package's files.
 FEATURES = "test_compat"
-SUITES = ["test_configuration", "test_tokenization", "test_modeling", "test_chat", "test_quantization", "test_cpu_decode"]
+SUITES = [
+    "test_configuration",
+    "test_tokenization",
+    "test_modeling",
+    "test_chat",
+    "test_quantization",
+    "test_cpu_decode",
+]
 AT_ONCE = 2
 REPORTS = Path(".nox") / "reports"
 MARKS = {"passed": "✓", "failed": "✗", "skipped": "–"}
@@ -56,7 +63,7 @@ def register(version: str) -> None:
         session.run(
             *("python", "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"),
             f"--junitxml={REPORTS / version}.xml",
-            *(session.posargs or [f"tests/{name}.py" for name in (FEATURES, *SUITES)]),
+            *(session.posargs or [f"tests/{FEATURES}.py", *(f"tests/test_{name}.py" for name in SUITES)]),
             env={
                 "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
                 "HF_HUB_OFFLINE": "1",

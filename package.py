@@ -34,8 +34,8 @@ def package_files() -> list[Path]:
 
 def package_module(name: str) -> types.ModuleType:
     """A file of the package, which imports its neighbours relatively, as a module of a package."""
-    if "chatglm_slim_package" not in sys.modules:
-        package = types.ModuleType("chatglm_slim_package")
+    if "chatglm_slim" not in sys.modules:
+        package = types.ModuleType("chatglm_slim")
         package.__path__ = [str(ROOT)]
-        sys.modules["chatglm_slim_package"] = package
-    return importlib.import_module(f"chatglm_slim_package.{name}")
+        sys.modules["chatglm_slim"] = package
+    return importlib.import_module(f"chatglm_slim.{name}")

@@ -109,16 +109,19 @@ def check_shape(in_features: int, bits: int, group_size: int) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def product(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int) -> Tensor:
-    """x [..., in] times the transposed weight -> [..., out] in x's dtype; bits 16 is a plain matrix without scale."""
+def product(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int, bias: Tensor | None = None) -> Tensor:
+    """x [..., in] times the transposed weight, plus bias -> [..., out] in x's dtype; bits 16 is a plain matrix."""
     # Kernels want contiguous rows, and torch would repeat the weight for each row of a strided batch.
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    kernel = None if torch.compiler.is_compiling() else {"cuda": cuda_linear, "cpu": cpu_linear}.get(x.device.type)
-    if kernel is not None and (bits != 16 or x.device.type == "cpu"):
-        y = kernel(rows, weight, scale, bits)
-        if y is not None:
-            return y.view(*x.shape[:-1], weight.shape[0])
-    y = F.linear(rows, weight if bits == 16 else dequantize_weight(weight, scale, bits, x.dtype))
+    y = None
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        y = cpu_linear(rows, weight, scale, bits, bias)
+    elif x.device.type == "cuda" and bits != 16 and not torch.compiler.is_compiling():
+        y = cuda_linear(rows, weight, scale, bits)
+        y = y if y is None or bias is None else y.add_(bias)
+    if y is None:
+        dense = weight if bits == 16 else dequantize_weight(weight, scale, bits, x.dtype)
+        y = F.linear(rows, dense, bias if bias is None else bias.to(x.dtype))
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -156,8 +159,7 @@ class Linear(nn.Linear):
             return super().forward(x)
         if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
             return super().forward(x)
-        y = product(x, self.weight, None, 16)
-        return y if self.bias is None else y.add_(self.bias)
+        return product(x, self.weight, None, 16, self.bias)
 
 
 class QuantizedLinear(nn.Linear):
@@ -191,10 +193,10 @@ class QuantizedLinear(nn.Linear):
         return quantized
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and x.requires_grad:
-            y = FrozenProduct.apply(x, self.weight, self.weight_scale, self.bits)
-        else:
-            y = product(x, self.weight, self.weight_scale, self.bits)
+        trained = x.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        if not (trained and torch.is_grad_enabled()):
+            return product(x, self.weight, self.weight_scale, self.bits, self.bias)
+        y = FrozenProduct.apply(x, self.weight, self.weight_scale, self.bits)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:

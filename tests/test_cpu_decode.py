@@ -6,7 +6,7 @@ import pytest
 import torch
 from chatglm_slim import cpu_decode, cpu_runtime, modeling_chatglm
 from chatglm_slim.cpu_kernel_ir import Variant, kernel_ir
-from chatglm_slim.cpu_kernels import instruction_set
+from chatglm_slim.cpu_kernels import instruction_set, tried_gelu
 from chatglm_slim.modeling_chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from test_cpu_kernels import isa  # noqa: F401  a fixture
 
@@ -86,10 +86,10 @@ def cache_tensors(cache):
 @pytest.mark.parametrize("name", TYPES)
 @pytest.mark.parametrize("parameters", TYPES)
 def test_small_kernels_equal_float64(isa, name, parameters):  # noqa: F811
-    norm = Variant("residual_norm", isa, 16, 0, parameters, parameters, name)
-    gelu = Variant("gelu", isa, 16, 0, parameters, "", name)
-    attention = Variant("rotary_attention", isa, 16, 0, parameters, "", name, head_size=32, position_rows=2)
-    cases = [(norm, cpu_decode.tried_norm), (gelu, cpu_decode.tried_gelu)]
+    norm = Variant("residual_norm", isa, 16, 0, "", parameters, name, bias=parameters)
+    gelu = Variant("gelu", isa, 16, 0, "", parameters, name)
+    attention = Variant("rotary_attention", isa, 16, 0, "", "", name, head_size=32, position_rows=2, bias=parameters)
+    cases = [(norm, cpu_decode.tried_norm), (gelu, tried_gelu), (gelu._replace(bias=name), tried_gelu)]
     for size, rows in ((32, 1), (32, 2), (96, 2), (128, 2), (256, 2)):
         cases.append((attention._replace(head_size=size, position_rows=rows), cpu_decode.tried_rotary_attention))
     for variant, trial in cases:
@@ -101,10 +101,10 @@ def test_small_kernels_equal_float64(isa, name, parameters):  # noqa: F811
 @pytest.mark.parametrize("change", [("fadd", "fsub"), ("fmul", "fadd"), ("fsub", "fadd"), ("fdiv", "fmul")])
 @pytest.mark.parametrize("kind", ["residual_norm", "gelu", "rotary_attention"])
 def test_trials_find_a_wrong_instruction_wherever_it_is(kind, change, monkeypatch):
-    trial = {"residual_norm": cpu_decode.tried_norm, "gelu": cpu_decode.tried_gelu}
+    trial = {"residual_norm": cpu_decode.tried_norm, "gelu": tried_gelu}
     trial = trial.get(kind, cpu_decode.tried_rotary_attention)
     sizes = {"head_size": 32, "position_rows": 2} if kind == "rotary_attention" else {}
-    variant = Variant(kind, instruction_set(), 16, 0, "float", "float", "float", **sizes)
+    variant = Variant(kind, instruction_set(), 16, 0, "", "float", "float", bias="float", **sizes)
     text = kernel_ir(variant)
     places = [place for place in range(len(text)) if text.startswith(f"= {change[0]} ", place)]
     assert places or (kind, change[0]) == ("residual_norm", "fmul")  # it multiplies and adds at once

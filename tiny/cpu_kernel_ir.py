@@ -48,12 +48,13 @@ class Variant(NamedTuple):
     bits: int  # 4, 8 or 16
     group: int  # columns per scale; 0 = one scale per row, or none
     weight: str  # type of 16-bit weights
-    scale: str
-    x: str  # type of the activations; for "dequantize", of the result
+    scale: str  # in "gelu" the type of the input, in "residual_norm" that of the weights of the norm
+    x: str  # type of the activations; for "dequantize", "gelu" and "residual_norm" of the result
     rows: int = 0  # rows of activations of a gemv
     tile: int = 0  # rows of the weight at a time in a gemv
     head_size: int = 0  # of attention; keys and values have the type of x
     position_rows: int = 0  # of rotary positions
+    bias: str = ""
     masked: bool = False  # whether a mask is added to the scores of attention
 
     @property
@@ -439,7 +440,7 @@ def add_grouped(emit: Emitter, variant: Variant, sums: dict, weights: list, xs: 
 
 def store_row(emit: Emitter, variant: Variant, args: Arguments, row_sums: str, row: str) -> None:
     """y[:, row] = the sums of one row of the weight, lanes added, times its scale."""
-    scale = row_scale(emit, variant, args, row) if variant.scale and not variant.group else None
+    scale = row_value(emit, variant.scale, args.scale, row) if variant.scale and not variant.group else None
     for m in range(variant.rows):
         lanes = emit.load(F32X16, emit.at(F32X16, row_sums, m), 64)
         total = sum_of_lanes(emit, lanes)
@@ -448,15 +449,18 @@ def store_row(emit: Emitter, variant: Variant, args: Arguments, row_sums: str, r
         emit.store("float", total, emit.at("float", args.y, emit.op("add", row, emit.op("mul", args.rows, m))))
 
 
-def row_scale(emit: Emitter, variant: Variant, args: Arguments, index: str) -> str:
-    scale = emit.load(variant.scale, emit.at(variant.scale, args.scale, index))
-    return scale if variant.scale == "float" else emit(f"fpext {variant.scale} {scale} to float")
+def row_value(emit: Emitter, kind: str, pointer: str, index: str) -> str:
+    """The scale, or the bias, of one row of the weight as float32."""
+    value = emit.load(kind, emit.at(kind, pointer, index))
+    return value if kind == "float" else emit(f"fpext {kind} {value} to float")
 
 
 def dequantize_rows(emit: Emitter, variant: Variant, args: Arguments) -> None:
     """y[N, K] = scale * weight[N, K], the float32 product rounded once."""
     with emit.tasks(args) as (first, last), emit.loop(last, 1, first) as rows, emit.loop(args.chunks) as chunk:
-        scale = "" if variant.group or not variant.scale else splat(emit, row_scale(emit, variant, args, rows.index))
+        scale = ""
+        if variant.scale and not variant.group:
+            scale = splat(emit, row_value(emit, variant.scale, args.scale, rows.index))
         values = in_order(emit, variant, args, rows.index, chunk.index, scale)
         place = emit.op("mul", emit.op("add", emit.op("mul", rows.index, args.chunks), chunk.index), CHUNK)
         for v, value in enumerate(values):
@@ -593,15 +597,19 @@ def broadcast(emit: Emitter, variant: Variant, pointer: str) -> str:
 
 
 def finish_tile(emit: Emitter, variant: Variant, args: Arguments, sums: str, first: str, row: str, panel: str) -> None:
-    """y[16 rows of a panel, 8 rows of the weight] = scale * sums, transposed."""
+    """y[16 rows of a panel, 8 rows of the weight] = scale * sums + bias, transposed."""
     kind, rows = variant.x, []
     for r in range(8):
         local = emit.op("add", row, r)
         index = emit.op("add", emit.op("mul", local, args.panels), panel)
         value = emit.load(F32X16, emit.at(F32X16, sums, index), 64)
+        number = emit.op("add", first, local)
         if variant.scale and not variant.group:
-            scale = row_scale(emit, variant, args, emit.op("add", first, local))
+            scale = row_value(emit, variant.scale, args.scale, number)
             value = emit.op("fmul", value, splat(emit, scale), F32X16)
+        if variant.bias:
+            bias = row_value(emit, variant.bias, args.bias, number)
+            value = emit.op("fadd", value, splat(emit, bias), F32X16)
         rows.append(narrow(emit, kind, value))
     size = PANEL
     while len(rows) > 1:  # interleave the first half with the second until one vector holds [16, 8]
@@ -632,7 +640,7 @@ def rotary_attention(emit: Emitter, variant: Variant, args: Arguments) -> None:
     with own_heads(emit, args) as (head, scores, query):
         sequence, within = emit.op("udiv", head, args.heads), emit.op("urem", head, args.heads)
         x = emit.at("float", args.x, emit.op("mul", head, 3 * size))
-        bias = emit.at(variant.weight, args.bias, emit.op("mul", within, 3 * size))
+        bias = emit.at(variant.bias, args.bias, emit.op("mul", within, 3 * size))
         angles = emit.op("mul", sequence, size // 2)
         new = emit.op("mul", emit.op("sub", args.tokens, 1), size)
         key, value = (emit.at(variant.x, head_start(emit, args, name, head), new) for name in ("key", "value"))
@@ -761,10 +769,10 @@ def rotate(emit, variant: Variant, args: Arguments, x: str, bias: str, start: in
 
 
 def biased(emit: Emitter, variant: Variant, x: str, bias: str, start, lanes: int) -> str:
-    """x[start: start + lanes] float32 plus the bias there, which has the type `variant.weight`."""
+    """x[start: start + lanes] float32 plus the bias there."""
     values = emit.load(f"<{lanes} x float>", emit.at("float", x, start))
-    added = emit.load(f"<{lanes} x {variant.weight}>", emit.at(variant.weight, bias, start))
-    return emit.op("fadd", values, emit.widen(variant.weight, added, lanes), f"<{lanes} x float>")
+    added = emit.load(f"<{lanes} x {variant.bias}>", emit.at(variant.bias, bias, start))
+    return emit.op("fadd", values, emit.widen(variant.bias, added, lanes), f"<{lanes} x float>")
 
 
 # ------------------------------------------------------------------------- what stands between the products of a block
@@ -773,7 +781,7 @@ def biased(emit: Emitter, variant: Variant, x: str, bias: str, start, lanes: int
 def residual_norm(emit: Emitter, variant: Variant, args: Arguments) -> None:
     """y[m] = LayerNorm(factor * residual[m] + x[m] + bias) * gamma + beta, of `rows` rows.
 
-    x is float32, y and the residual have the type of the activations, the bias `weight`, gamma and beta `scale`."""
+    x is float32, y and the residual have the type of the activations, gamma and beta the type `scale`."""
     thread = emit(f"atomicrmw add ptr {args.next_thread}, i64 1 monotonic")
     columns = emit.op("mul", args.chunks, CHUNK)
     own = emit.at("float", args.scratch, emit.op("mul", thread, columns))
@@ -810,10 +818,13 @@ def gelu(emit: Emitter, variant: Variant, args: Arguments) -> None:
     constant = lambda value: splat(emit, float_constant(value))  # noqa: E731
     with emit.tasks(args) as (first, last), emit.loop(last, 1, first) as chunk:
         start = emit.op("mul", chunk.index, CHUNK)
-        bias = emit.at(variant.weight, args.bias, emit.op("mul", emit.op("urem", chunk.index, args.chunks), CHUNK))
-        x, y = emit.at("float", args.x, start), emit.at(variant.x, args.y, start)
+        bias = emit.op("mul", emit.op("urem", chunk.index, args.chunks), CHUNK)
+        x, y = emit.at(variant.scale, args.x, start), emit.at(variant.x, args.y, start)
         for offset in range(0, CHUNK, 16):
-            value = biased(emit, variant, x, bias, offset, 16)
+            value = load_float32(emit, variant.scale, x, offset)
+            if variant.bias:
+                added = load_float32(emit, variant.bias, args.bias, emit.op("add", bias, offset))
+                value = emit.op("fadd", value, added, F32X16)
             square = emit.op("fmul", value, value, F32X16)
             cubic = emit.fma(square, constant(2 * 0.044715 * 0.7978845608028654), constant(2 * 0.7978845608028654))
             power = smaller(emit, emit.op("fmul", value, cubic, F32X16), constant(80.0))

@@ -35,6 +35,7 @@ from .configuration_chatglm import ChatGLMConfig
 from .cpu_decode import decode_step
 from .cpu_kernel_ir import kernel_ir  # noqa: F401
 from .cpu_kernels import decode_attention
+from .cpu_kernels import gelu as cpu_gelu
 from .cpu_runtime import instruction_set  # noqa: F401
 from .cuda_kernels import linear as cuda_linear  # noqa: F401
 from .kv_cache import Past, as_cache, cached_length, fixed_length, is_tracing
@@ -253,7 +254,13 @@ class MLP(nn.Module):
         self.dense_4h_to_h = linear(config, config.inner_hidden_size, config.hidden_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(hidden), approximate="tanh"))
+        return self.dense_4h_to_h(gelu(self.dense_h_to_4h(hidden)))
+
+
+def gelu(states: Tensor) -> Tensor:
+    """In the tanh form, by a kernel on a CPU, where PyTorch's takes twice the time."""
+    fast = cpu_gelu(states) if states.device.type == "cpu" and not is_tracing() else None
+    return F.gelu(states, approximate="tanh") if fast is None else fast
 
 
 class GLMBlock(nn.Module):
