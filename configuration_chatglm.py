@@ -31,6 +31,8 @@ class ChatGLMConfig(PretrainedConfig):
         quantization_bit: 0, 4 or 8; non-zero builds quantized linear layers, ready to load such a checkpoint.
         quantization_group_size: columns that share a scale: 0 for a whole row (the official format), 32, 64 or 128.
         quantize_head: embedding and head too: True or 8 for int8 rows, 4 for int4 (needs `quantization_bit`).
+        quantize_activations: CPUs with AVX-512 VNNI may round the activations of long inputs to int8, with a scale
+            for each 32 columns, before products with quantized weights: sooner, and a little less exact.
         pre_seq_len, prefix_projection: P-tuning v2: length of the trained prefix (None: none), and its two-layer form.
         residual_scale: factor of the residual branch; None gives √56.
 
@@ -72,6 +74,7 @@ class ChatGLMConfig(PretrainedConfig):
         quantization_bit=0,
         quantization_group_size=0,
         quantize_head=False,
+        quantize_activations=False,
         pre_seq_len=None,
         prefix_projection=False,
         residual_scale=None,
@@ -93,6 +96,7 @@ class ChatGLMConfig(PretrainedConfig):
         self.quantization_bit = quantization_bit
         self.quantization_group_size = quantization_group_size
         self.quantize_head = quantize_head
+        self.quantize_activations = quantize_activations
         self.pre_seq_len = pre_seq_len
         self.prefix_projection = prefix_projection
         self.residual_scale = 56**0.5 if residual_scale is None else residual_scale
@@ -140,6 +144,7 @@ class ChatGLMConfig(PretrainedConfig):
         self._check("quantization_bit", lambda bits: bits in QUANTIZATION_BITS, f"use one of {QUANTIZATION_BITS}")
         self._check("quantization_group_size", lambda size: size in GROUP_SIZES, f"use one of {GROUP_SIZES}")
         self._check("quantize_head", lambda head: head in (False, True, 4, 8), "use False, True, 4 or 8")
+        self._check("quantize_activations", lambda value: value in (False, True), "use False or True")
         if self.pre_seq_len is not None:
             self._check("pre_seq_len", is_positive_integer, "give a positive prefix length, or None for no prefix")
         self._check("residual_scale", lambda scale: scale > 0, "the released models use sqrt(56)")

@@ -22,6 +22,8 @@ PREFETCH_LEVEL = 3  # into the first-level cache; measured best
 
 PREFETCH_BYTES = 4096  # how far ahead keys and values are asked for
 LARGEST_HEAD = 256  # numbers in a query, key or value
+INT8_COLUMNS = 32  # of activations that share a scale when they are int8
+INT8_BYTES = PANEL * (4 + 4 + INT8_COLUMNS)  # of so many columns of a panel: a scale and an offset a row, then values
 TYPE_BYTES = {"float": 4, "bfloat": 2, "half": 2}
 
 F32X16, BF16X32, I32X16, I16X32 = "<16 x float>", "<32 x bfloat>", "<16 x i32>", "<32 x i16>"
@@ -32,6 +34,11 @@ declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 declare {F32X16} @llvm.fma.v16f32({F32X16}, {F32X16}, {F32X16})
 declare {F32X16} @llvm.sqrt.v16f32({F32X16})
 declare {F32X16} @llvm.roundeven.v16f32({F32X16})
+declare {F32X16} @llvm.maximum.v16f32({F32X16}, {F32X16})
+declare {F32X16} @llvm.fabs.v16f32({F32X16})
+declare {I32X16} @llvm.x86.avx512.vpdpbusd.512({I32X16}, {I32X16}, {I32X16})
+declare i32 @llvm.vector.reduce.add.v16i32({I32X16})
+declare float @llvm.vector.reduce.fmaximum.v16f32({F32X16})
 declare float @llvm.vector.reduce.fadd.v16f32(float, {F32X16})
 declare float @llvm.vector.reduce.fmax.v16f32({F32X16})
 declare {F32X16} @llvm.x86.avx512.permvar.sf.512({F32X16}, {I32X16})
@@ -56,6 +63,7 @@ class Variant(NamedTuple):
     position_rows: int = 0  # of rotary positions
     bias: str = ""
     masked: bool = False  # whether a mask is added to the scores of attention
+    int8: bool = False  # whether a gemm has its activations as int8, which "quantize_panels" makes of x
 
     @property
     def dots_bf16(self) -> bool:
@@ -115,16 +123,23 @@ class Variant(NamedTuple):
     @property
     def gemm_tiles(self) -> list[tuple[int, int]]:
         """(panels of activations, rows of the weight) at a time in a gemm, the widest first."""
+        if self.int8:
+            return [(2, 4), (1, 8)]
         return [(1, 4)] if self.isa == "avx2" else [(2, 8), (1, 16)]
+
+    @property
+    def lane_bytes(self) -> int:
+        """Of one unpacked weight of a gemm."""
+        return 1 if self.int8 else 2 if self.dots_bf16 else 4
 
     @property
     def block_columns(self) -> int:
         """Columns of the weight that a gemm unpacks at a time: 128 KiB with BLOCK_ROWS, in the second-level cache."""
-        return 1024 if self.dots_bf16 else 512
+        return 2048 // self.lane_bytes
 
     def gemm_scratch(self, panels: int) -> int:
         """float32 words that each thread of a gemm needs: the sums and the unpacked block."""
-        return BLOCK_ROWS * (panels * PANEL + self.block_columns * (2 if self.dots_bf16 else 4) // 4)
+        return BLOCK_ROWS * (panels * PANEL + self.block_columns * self.lane_bytes // 4)
 
 
 # ---------------------------------------------------------------------------------------------- writing LLVM IR
@@ -508,9 +523,8 @@ def gemm(emit: Emitter, variant: Variant, args: Arguments) -> None:
     x comes as panels of 16 rows, transposed so that a vector holds one column of all 16 (bfloat16: a pair of columns).
     A thread unpacks a block of the weight once, then multiplies each of its values with whole panels; the sums of its
     BLOCK_ROWS rows stay in its own memory until all columns are done."""
-    lane_bytes = 2 if variant.dots_bf16 else 4
     sum_floats = emit.op("mul", args.panels, PANEL * BLOCK_ROWS)
-    own_floats = emit.op("add", sum_floats, BLOCK_ROWS * variant.block_columns * lane_bytes // 4)
+    own_floats = emit.op("add", sum_floats, BLOCK_ROWS * variant.block_columns * variant.lane_bytes // 4)
     thread = emit(f"atomicrmw add ptr {args.next_thread}, i64 1 monotonic")
     sums = emit.at("float", args.scratch, emit.op("mul", thread, own_floats))
     block = emit.at("float", sums, sum_floats)
@@ -522,13 +536,14 @@ def gemm(emit: Emitter, variant: Variant, args: Arguments) -> None:
         block_chunks = variant.block_columns // CHUNK
         with emit.loop(args.chunks, block_chunks) as start:
             count = emit.minimum(emit.op("sub", args.chunks, start.index), str(block_chunks))
-            unpack_block(emit, variant, args, block, first, start.index, count)
+            unpack, multiply = (unpack_bytes, multiply_int8_tile) if variant.int8 else (unpack_block, multiply_tile)
+            unpack(emit, variant, args, block, first, start.index, count)
             tile_start = "0"
             for panels, rows in variant.gemm_tiles:
                 stop = args.panels if panels == 1 else emit.op("and", args.panels, -panels)
                 with emit.loop(stop, panels, tile_start) as panel, emit.loop(str(BLOCK_ROWS), rows) as row:
                     tile = GemmTile(panel.index, panels, row.index, rows)
-                    multiply_tile(emit, variant, args, tile, block, sums, start.index, count)
+                    multiply(emit, variant, args, tile, block, sums, start.index, count)
                 tile_start = stop
         with emit.loop(str(BLOCK_ROWS), 8) as row, emit.loop(args.panels) as panel:
             finish_tile(emit, variant, args, sums, first, row.index, panel.index)
@@ -621,6 +636,117 @@ def finish_tile(emit: Emitter, variant: Variant, args: Arguments, sums: str, fir
         of_row = emit.shuffle(f"<{size} x {kind}>", rows[0], list(range(8 * m, 8 * m + 8)))
         index = emit.op("add", place, emit.op("mul", args.rows, m))
         emit.store(f"<8 x {kind}>", of_row, emit.at(kind, args.y, index))
+
+
+# ---------------------------------------------------------------------------------------------- int8 activations
+
+
+def int8_columns(bits: int) -> list[list[int]]:
+    """Which columns of a chunk share a scale of the activations, in their order there: as the weights are unpacked,
+    which for INT4 is all even columns before all odd ones."""
+    order = list(range(CHUNK)) if bits == 8 else [*range(0, CHUNK, 2), *range(1, CHUNK, 2)]
+    return [order[start : start + INT8_COLUMNS] for start in range(0, CHUNK, INT8_COLUMNS)]
+
+
+def quantize_panels(emit: Emitter, variant: Variant, args: Arguments) -> None:
+    """y = x[M, K] as int8 in panels of 16 rows, for the weights of `variant.bits`.
+
+    INT8_BYTES for each INT8_COLUMNS: 16 scales; 16 offsets, which are what makes unsigned weights signed ones; and
+    eight times four columns of all rows. `tokens` is M; rows behind it repeat the last one."""
+    unsigned = 1 << variant.bits - 1
+    chunk_bytes = CHUNK // INT8_COLUMNS * INT8_BYTES
+    with emit.tasks(args) as (first, last), emit.loop(last, 1, first) as panel, emit.loop(args.chunks) as chunk:
+        number = emit.op("add", emit.op("mul", panel.index, args.chunks), chunk.index)
+        target = emit.at("i8", args.y, emit.op("mul", number, chunk_bytes))
+        with emit.loop(str(PANEL)) as row:
+            place = emit.op("add", emit.op("mul", panel.index, PANEL), row.index)
+            place = emit.minimum(place, emit.op("sub", args.tokens, 1))
+            place = emit.op("mul", emit.op("add", emit.op("mul", place, args.chunks), chunk.index), CHUNK)
+            x = emit.load(f"<{CHUNK} x {variant.x}>", emit.at(variant.x, args.x, place))
+            for b, columns_of_block in enumerate(int8_columns(variant.bits)):
+                halves = [columns_of_block[:16], columns_of_block[16:]]
+                halves = [emit.shuffle(f"<{CHUNK} x {variant.x}>", x, lanes) for lanes in halves]
+                halves = [emit.widen(variant.x, half) for half in halves]
+                start = emit.at("i8", target, b * INT8_BYTES)
+                quantize_block(emit, halves, unsigned, emit.at("i8", start, emit.op("mul", row.index, 4)))
+
+
+def quantize_block(emit: Emitter, halves: list[str], unsigned: int, place: str) -> None:
+    """32 activations of one row -> its scale, offset and values; `place` is that of the scale."""
+    sizes = [emit.call(F32X16, "fabs.v16f32", f"{F32X16} {half}") for half in halves]
+    largest = emit.call(F32X16, "maximum.v16f32", *(f"{F32X16} {size}" for size in sizes))  # NaN stays NaN
+    largest = emit(f"call float @llvm.vector.reduce.fmaximum.v16f32({F32X16} {largest})")
+    limit = float_constant(127.0)
+    emit.store("float", emit.op("fdiv", largest, limit, "float"), place, 4)
+    is_zero = emit(f"fcmp oeq float {largest}, 0.0")
+    inverse = emit(f"select i1 {is_zero}, float 0.0, float {emit.op('fdiv', limit, largest, 'float')}")
+    factor, values = splat(emit, inverse), []
+    for half in halves:
+        rounded = emit.call(F32X16, "roundeven.v16f32", f"{F32X16} {emit.op('fmul', half, factor, F32X16)}")
+        values.append(emit(f"fptosi {F32X16} {rounded} to {I32X16}"))
+    total = emit(f"call i32 @llvm.vector.reduce.add.v16i32({I32X16} {emit.op('add', *values, I32X16)})")
+    emit.store("i32", emit.op("mul", total, -unsigned, "i32"), emit.at("i8", place, PANEL * 4), 4)
+    for h, value in enumerate(values):
+        fours = emit(f"bitcast <16 x i8> {emit(f'trunc {I32X16} {value} to <16 x i8>')} to <4 x i32>")
+        for lane in range(4):
+            four = emit(f"extractelement <4 x i32> {fours}, i64 {lane}")
+            emit.store("i32", four, emit.at("i8", place, PANEL * 4 * (2 + 4 * h + lane)), 4)
+
+
+def unpack_bytes(emit: Emitter, variant: Variant, args: Arguments, block: str, first: str, chunk: str, count: str):
+    """block[BLOCK_ROWS, block_columns] = the weight as unsigned bytes, in the order of `int8_columns`."""
+    kind, constant = "<64 x i8>", lambda n: vector_of("i8", [n] * 64)
+    with emit.loop(str(BLOCK_ROWS)) as row, emit.loop(count) as local:
+        weight_row, weight_chunk = emit.op("add", first, row.index), emit.op("add", chunk, local.index)
+        number = emit.op("add", emit.op("mul", weight_row, args.chunks), weight_chunk)
+        pointer = emit.at("i8", args.weight, emit.op("mul", number, variant.chunk_bytes))
+        prefetch(emit, emit.at("i8", pointer, variant.block_columns * variant.bits // 8), variant.chunk_bytes)
+        packed = [emit.load(kind, emit.at("i8", pointer, start)) for start in range(0, variant.chunk_bytes, 64)]
+        if variant.bits == 4:
+            high, low = emit.op("lshr", packed[0], constant(4), kind), emit.op("and", packed[0], constant(15), kind)
+            values = [emit.op("xor", nibbles, constant(8), kind) for nibbles in (high, low)]
+        else:
+            values = [emit.op("xor", value, constant(-128), kind) for value in packed]
+        place = emit.op("mul", row.index, variant.block_columns)
+        place = emit.op("add", place, emit.op("mul", local.index, CHUNK))
+        for v, value in enumerate(values):
+            emit.store(kind, value, emit.at("i8", block, emit.op("add", place, 64 * v)), 64)
+
+
+def multiply_int8_tile(
+    emit, variant: Variant, args: Arguments, tile: GemmTile, block: str, sums: str, chunk: str, count: str
+):
+    """sums[row, panel] += block[row] * panel: integers within INT8_COLUMNS, then times their scales in float32."""
+    per_chunk = CHUNK // INT8_COLUMNS
+    places, keys = [], [(r, p) for r in range(tile.rows) for p in range(tile.panels)]
+    for r, p in keys:
+        line = emit.op("mul", emit.op("add", tile.row, r), args.panels)
+        places.append(emit.at(F32X16, sums, emit.op("add", line, emit.op("add", tile.panel, p))))
+    panels = []
+    for p in range(tile.panels):
+        number = emit.op("add", emit.op("mul", emit.op("add", tile.panel, p), args.chunks), chunk)
+        panels.append(emit.at("i8", args.x, emit.op("mul", number, per_chunk * INT8_BYTES)))
+    rows = emit.at("i8", block, emit.op("mul", tile.row, variant.block_columns))
+    carried = [(F32X16, emit.load(F32X16, place, 64)) for place in places]
+    with emit.loop(emit.op("mul", count, per_chunk), carried=carried) as step:
+        here = [emit.at("i8", panel, emit.op("mul", step.index, INT8_BYTES)) for panel in panels]
+        weights = emit.at("i8", rows, emit.op("mul", step.index, INT8_COLUMNS))
+        scales = [emit.load(F32X16, pointer, 64) for pointer in here]
+        offsets = [emit.load(I32X16, emit.at("i8", pointer, PANEL * 4), 64) for pointer in here]
+        dots = {(r, p): offsets[p] for r, p in keys}
+        for k in range(INT8_COLUMNS // 4):
+            xs = [emit.load(I32X16, emit.at("i8", pointer, PANEL * 4 * (2 + k)), 64) for pointer in here]
+            for r in range(tile.rows):
+                four = emit.load("i32", emit.at("i8", weights, r * variant.block_columns + 4 * k), 4)
+                weight = emit(f"insertelement {I32X16} poison, i32 {four}, i64 0")
+                weight = emit.shuffle(I32X16, weight, [0] * 16)
+                for p, x in enumerate(xs):
+                    operands = (f"{I32X16} {dots[r, p]}", f"{I32X16} {weight}", f"{I32X16} {x}")
+                    dots[r, p] = emit.call(I32X16, "x86.avx512.vpdpbusd.512", *operands)
+        for (r, p), total in zip(keys, step.values):
+            step.update.append(emit.fma(emit(f"sitofp {I32X16} {dots[r, p]} to {F32X16}"), scales[p], total))
+    for place, total in zip(places, step.update):
+        emit.store(F32X16, total, place, 64)
 
 
 # ---------------------------------------------------------------------------------------------- attention of one token
@@ -898,6 +1024,7 @@ def program(emit: Emitter, variant: Variant, args: Arguments) -> None:
 KERNELS = {
     "gemv": gemv,
     "gemm": gemm,
+    "quantize_panels": quantize_panels,
     "dequantize": dequantize_rows,
     "attention": attention,
     "rotary_attention": rotary_attention,

@@ -13,7 +13,18 @@ import functools
 import torch
 from torch import Tensor
 
-from .cpu_kernel_ir import BLOCK_ROWS, CHUNK, LARGEST_HEAD, PANEL, TILE, Variant, attention_scratch
+from .cpu_kernel_ir import (
+    BLOCK_ROWS,
+    CHUNK,
+    INT8_BYTES,
+    INT8_COLUMNS,
+    LARGEST_HEAD,
+    PANEL,
+    TILE,
+    Variant,
+    attention_scratch,
+    int8_columns,
+)
 from .cpu_runtime import IR_TYPES, dtype_of, empty, instruction_set, is_plain, kernel_address, noise, run
 
 GEMV_ROWS = 4  # rows of activations in one pass over the weight: more sums than that do not fit the registers
@@ -23,13 +34,21 @@ GELU_CHUNKS = 8  # that a thread takes at a time
 SLAB_ROWS = 256  # rows of activations in one matrix product, so that they stay in the last-level cache
 
 
-def linear(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int, bias: Tensor | None = None) -> Tensor | None:
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bits: int,
+    bias: Tensor | None = None,
+    int8_activations: bool = False,
+) -> Tensor | None:
     """x @ (scale * weight).T + bias without the weight in full precision, or None where that is not served.
 
     x: [M, K] float32, bfloat16 or float16; the result is [M, N] of the same type.
     weight: bits 8: int8 [N, K]; 4: int8 [N, K/2], even column in the high nibble; 16: float16 or bfloat16 [N, K].
     scale: [N], or [N, K/group] with groups of 32, 64 or 128 columns, of any of the three types; None for 16 bits.
     bias: [N] of any of the three types; added in float32, before the one rounding.
+    int8_activations: x may be rounded to int8, with a scale for each 32 columns, where many rows gain from that.
     Not differentiable. Served: contiguous CPU tensors with N % 4 == 0 and K % 128 == 0.
 
     >>> weight = torch.tensor([[1, -128], [2, 3], [0, 0], [127, 5]], dtype=torch.int8).repeat(1, 64)
@@ -43,7 +62,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int, bias: Ten
     if rows <= FEW_ROWS[bits] or weight.shape[0] < BLOCK_ROWS:
         y = _gemv(x, weight, scale, bits, bias)
     else:
-        y = _gemm(x, weight, scale, bits, bias)
+        y = _gemm(x, weight, scale, bits, bias, int8_activations)
     if y is None and rows <= TORCH_INT8_ROWS:
         return _torch_linear(x, weight, scale, bits, bias)
     return y
@@ -179,12 +198,18 @@ def _run_gemv(variant: Variant, address: int, x: Tensor, weight: Tensor, scale: 
     return y
 
 
-def _gemm(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int, bias: Tensor | None) -> Tensor | None:
+def _gemm(
+    x: Tensor, weight: Tensor, scale: Tensor | None, bits: int, bias: Tensor | None, int8_activations: bool
+) -> Tensor | None:
     """Unpacks the weight block by block in each thread's cache and multiplies it with all rows of x."""
     variant = _variant("gemm", weight, scale, bits, x.dtype)
-    if bits == 16 and variant.dots_bf16:
-        return None  # torch's own product is as fast
     variant = variant._replace(bias="" if bias is None else IR_TYPES[bias.dtype])
+    if int8_activations and bits != 16 and not variant.group and variant.isa == "avx512_bf16":  # VNNI comes with it
+        variant = variant._replace(int8=True)
+        if kernel_address(_of_panels(variant), _tried_panels) is None:
+            return None
+    elif bits == 16 and variant.dots_bf16:
+        return None  # torch's own product is as fast
     address = kernel_address(variant, tried_product)
     return None if address is None else _run_gemm(variant, address, x, weight, scale, bias)
 
@@ -195,11 +220,44 @@ def _run_gemm(
     x, y = x.detach(), empty(-(-x.shape[0] // PANEL) * PANEL, weight.shape[0], dtype=x.dtype)
     size = {"rows": weight.shape[0], "chunks": x.shape[1] // CHUNK, "task_rows": BLOCK_ROWS}
     for start in range(0, x.shape[0], SLAB_ROWS):
-        panels = _panels(x[start : start + SLAB_ROWS], variant.dots_bf16)
+        panels = _slab(variant, x[start : start + SLAB_ROWS])
         scratch = variant.gemm_scratch(len(panels))
         places = {"weight": weight, "scale": scale, "bias": bias, "x": panels, "y": y[start:]}
         run(address, scratch, panels=len(panels), **places, **size)
     return y[: x.shape[0]]
+
+
+def _slab(variant: Variant, x: Tensor) -> Tensor:
+    """x as the panels that a gemm wants."""
+    if not variant.int8:
+        return _panels(x, variant.dots_bf16)
+    return _run_panels(kernel_address(_of_panels(variant), _tried_panels), x)
+
+
+def _of_panels(variant: Variant) -> Variant:
+    return Variant("quantize_panels", variant.isa, variant.bits, 0, "", "", variant.x)
+
+
+def _run_panels(address: int, x: Tensor) -> Tensor:
+    """x [M, K] -> [ceil(M / 16), K / 32, INT8_BYTES] int8."""
+    size = {"tokens": len(x), "rows": -(-len(x) // PANEL), "chunks": x.shape[1] // CHUNK, "task_rows": 1}
+    panels = empty(size["rows"], x.shape[1] // INT8_COLUMNS, INT8_BYTES, dtype=torch.int8)
+    run(address, x=x, y=panels, **size)
+    return panels
+
+
+def quantize_activations(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """In plain PyTorch, what int8 products make of x [M, K] for weights of `bits`: integers, and their scales, [M, K]
+    each."""
+    order = torch.tensor(int8_columns(bits), device="cpu")  # [blocks of a chunk, INT8_COLUMNS]
+    blocks = x.float().unflatten(1, (-1, CHUNK))[:, :, order]
+    largest = blocks.abs().amax(dim=-1, keepdim=True)
+    # Tensor by tensor: torch takes the reciprocal where a number is divided by a tensor, which rounds twice.
+    inverse = torch.where(largest == 0, 0.0, torch.full_like(largest, 127) / largest)
+    values, scales = torch.empty(2, len(x), x.shape[1] // CHUNK, CHUNK, device="cpu")
+    values[:, :, order] = (blocks * inverse).round()
+    scales[:, :, order] = (largest / 127).expand_as(blocks)
+    return values.flatten(1), scales.flatten(1)
 
 
 def _panels(x: Tensor, pairs: bool) -> Tensor:
@@ -283,9 +341,27 @@ def tried_product(variant: Variant, address: int) -> tuple[Tensor, Tensor, Tenso
     else:
         bias = noise(len(weight), dtype=dtype_of(variant.bias)) if variant.bias else None
         y = _run_gemm(variant, address, x, weight, scale, bias)
+    if variant.int8:
+        values, scales = quantize_activations(x, variant.bits)
+        x = values.double() * scales.double()
     rounded_weight = 2.0**-9 if variant.kind == "gemm" and variant.dots_bf16 and variant.group else 0.0
     magnitude, exact = x.double().abs() @ exact.abs().T, x.double() @ exact.T + (0 if bias is None else bias.double())
     return y, exact, (1e-5 + rounded_weight) * magnitude + torch.finfo(y.dtype).eps * exact.abs()
+
+
+def _tried_panels(variant: Variant, address: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Seen as whole numbers: every byte of the values, every offset, and the bits of the scales."""
+    x = noise(PANEL + 3, 3 * CHUNK, dtype=dtype_of(variant.x))
+    x[1, :CHUNK], x[2] = 0, x[2] * 100
+    rows = torch.arange(2 * PANEL, device="cpu").clamp(max=len(x) - 1)
+    values, scales = (part[rows].view(2, PANEL, -1, CHUNK) for part in quantize_activations(x, variant.bits))
+    order = torch.tensor(int8_columns(variant.bits), device="cpu")
+    values, scales = values[..., order].flatten(2, 3), scales[..., order].flatten(2, 3)[..., 0]  # [2, 16, blocks, 32]
+    fours = values.unflatten(-1, (-1, 4)).permute(0, 2, 3, 1, 4).flatten(2).to(torch.int8)
+    offsets = (-(1 << variant.bits - 1) * values.sum(-1)).to(torch.int32)
+    head = (part.transpose(1, 2).contiguous().view(torch.int8) for part in (scales, offsets))
+    exact = torch.cat((*head, fours), dim=-1).double()
+    return _run_panels(address, x).double(), exact, torch.zeros_like(exact)
 
 
 def _tried_dequantize(variant: Variant, address: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -109,13 +109,20 @@ def check_shape(in_features: int, bits: int, group_size: int) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def product(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int, bias: Tensor | None = None) -> Tensor:
+def product(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bits: int,
+    bias: Tensor | None = None,
+    int8_activations: bool = False,
+) -> Tensor:
     """x [..., in] times the transposed weight, plus bias -> [..., out] in x's dtype; bits 16 is a plain matrix."""
     # Kernels want contiguous rows, and torch would repeat the weight for each row of a strided batch.
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     y = None
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        y = cpu_linear(rows, weight, scale, bits, bias)
+        y = cpu_linear(rows, weight, scale, bits, bias, int8_activations)
     elif x.device.type == "cuda" and bits != 16 and not torch.compiler.is_compiling():
         y = cuda_linear(rows, weight, scale, bits)
         y = y if y is None or bias is None else y.add_(bias)
@@ -168,6 +175,8 @@ class QuantizedLinear(nn.Linear):
     weight: int8 [out, in] or [out, in / 2]; weight_scale: [out] or [out, in / group_size]; bias: [out] or None.
     """
 
+    quantize_activations = False  # see ChatGLMConfig
+
     def __init__(
         self, in_features: int, out_features: int, bits: int, group_size: int = 0, bias: bool = True, device=None
     ):
@@ -195,7 +204,7 @@ class QuantizedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         trained = x.requires_grad or (self.bias is not None and self.bias.requires_grad)
         if not (trained and torch.is_grad_enabled()):
-            return product(x, self.weight, self.weight_scale, self.bits, self.bias)
+            return product(x, self.weight, self.weight_scale, self.bits, self.bias, self.quantize_activations)
         y = FrozenProduct.apply(x, self.weight, self.weight_scale, self.bits)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -237,6 +246,7 @@ def quantize_model(
     group_size: int = 0,
     quantize_head: bool | int = False,
     search: bool = False,
+    quantize_activations: bool | None = None,
     progress: bool | None = None,
 ) -> nn.Module:
     """Replaces the linear layers of every block by quantized ones, one matrix at a time, where they are.
@@ -247,6 +257,7 @@ def quantize_model(
         group_size: columns that share a scale: 0 for a row, which is the official format, or 32, 64, 128.
         quantize_head: embedding and head too, True or 8 for int8 rows, 4 for int4; the official format keeps them.
         search: for each scale, the value with the least squared error rather than the largest weight's.
+        quantize_activations: as in ChatGLMConfig; a switch that may be turned again at any time. None leaves it.
         progress: a progress bar; by default for models of a billion parameters and more.
 
     Returns:
@@ -260,8 +271,11 @@ def quantize_model(
         return model
     if bits not in LARGEST:
         raise ValueError(f"quantize({bits}): use 8, 4, or 0 for no quantization")
+    if quantize_activations not in (None, False, True):
+        raise ValueError(f"quantize(quantize_activations={quantize_activations!r}): use False, True, or None")
     if config.quantization_bit:
-        return already_quantized(model, bits, group_size, quantize_head)
+        refuse_other_format(config, bits, group_size, quantize_head)
+        return switch_activations(model, quantize_activations)
     if group_size not in GROUP_SIZES or quantize_head not in (False, True, 4, 8):
         raise ValueError(
             f"quantize(group_size={group_size}, quantize_head={quantize_head}): group_size is one of {GROUP_SIZES}, "
@@ -278,14 +292,22 @@ def quantize_model(
     config.quantize_head = quantize_head
     if config.head_bits:
         quantize_embedding_and_head(model, search)
+    return switch_activations(model, quantize_activations)
+
+
+def switch_activations(model: nn.Module, int8: bool | None) -> nn.Module:
+    """Sets what ChatGLMConfig calls quantize_activations; None leaves it as it is."""
+    if int8 is not None:
+        model.config.quantize_activations = int8
+    for _, _, layer in linear_layers(model.transformer.layers):
+        layer.quantize_activations = model.config.quantize_activations
     return model
 
 
-def already_quantized(model: nn.Module, bits: int, group_size: int, quantize_head: bool | int) -> nn.Module:
-    config = model.config
+def refuse_other_format(config, bits: int, group_size: int, quantize_head: bool | int) -> None:
     present = (config.quantization_bit, config.quantization_group_size, config.quantize_head)
     if present == (bits, group_size, quantize_head) or (bits == present[0] and not group_size and not quantize_head):
-        return model
+        return
     raise ValueError(
         f"quantize(bits={bits}, group_size={group_size}, quantize_head={quantize_head}): the model is quantized "
         f"already (bits={present[0]}, group_size={present[1]}, quantize_head={present[2]}); load the 16-bit one again"

@@ -90,6 +90,66 @@ def test_linear_sums_exact_products_in_float32(isa, x_dtype, bits, group):
 
 
 @needs_kernels
+@pytest.mark.parametrize("bias_dtype", [None, *DTYPES], ids=str)
+@pytest.mark.parametrize("x_dtype", DTYPES, ids=str)
+def test_a_bias_is_added_before_the_rounding(x_dtype, bias_dtype):
+    weight, scale, exact = make_weight(68, 256, 8)
+    bias = None if bias_dtype is None else torch.linspace(-3, 3, 68).to(bias_dtype)
+    for rows in (1, 6, 20):
+        x = make_x(rows, 256, x_dtype)
+        y, expected = linear(x, weight, scale, 8, bias), x.double() @ exact.T
+        expected = expected if bias is None else expected + bias.double()
+        bound = ROUNDING[x_dtype] * expected.abs() + 3e-6 * (x.double().abs() @ exact.abs().T)
+        assert ((y - expected).abs() <= bound).all()
+
+
+needs_vnni = pytest.mark.skipif(instruction_set() != "avx512_bf16", reason="needs a CPU with AVX-512 VNNI and BF16")
+
+
+@needs_vnni
+@pytest.mark.parametrize("x_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("rows", "shape"), [(17, (64, 128)), (33, (132, 2304)), (300, (68, 640))], ids=str)
+def test_int8_activations_give_the_exact_product_of_what_they_were_rounded_to(x_dtype, bits, rows, shape):
+    weight, scale, exact = make_weight(*shape, bits)
+    x = make_x(rows, shape[1], x_dtype)
+    x[3] = 0
+    values, scales = cpu_kernels.quantize_activations(x, bits)
+    assert values.abs().max() == 127 and (values == values.round()).all()
+    y = linear(x, weight, scale, bits, None, True)
+    assert y.dtype == x_dtype
+    rounded = values.double() * scales.double()
+    expected, size = rounded @ exact.T, rounded.abs() @ exact.abs().T
+    assert ((y - expected).abs() <= ROUNDING[x_dtype] * expected.abs() + 2e-6 * size).all()
+    step = scales.double() / 2  # half of it is the most that an activation moves
+    assert ((rounded - x.double()).abs() <= step * 1.0001).all()
+
+
+@needs_vnni
+def test_int8_activations_lose_a_hundredth_on_outliers_and_serve_many_rows_only():
+    weight, scale, exact = make_weight(256, 1024, 8)
+    x = make_x(64, 1024, torch.bfloat16)
+    expected = x.double() @ exact.T
+    error = (linear(x, weight, scale, 8, None, True) - expected).norm() / expected.norm()
+    assert 1e-3 < error < 0.015
+    assert torch.equal(linear(x[:4], weight, scale, 8, None, True), linear(x[:4], weight, scale, 8))
+    grouped = torch.ones(256, 8, dtype=torch.bfloat16)
+    assert torch.equal(linear(x, weight, grouped, 8, None, True), linear(x, weight, grouped, 8))
+
+
+@needs_vnni
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("column", [0, 17, 127])
+def test_int8_activations_keep_nan_and_infinity_visible_in_their_row(value, column):
+    weight, scale, _ = make_weight(64, 128, 8)
+    weight[:, column] = 1
+    x = make_x(20, 128, torch.float32)
+    x[5, column] = value
+    y = linear(x, weight, scale, 8, None, True)
+    assert not y[5].isfinite().any() and y[:5].isfinite().all() and y[6:].isfinite().all()
+
+
+@needs_kernels
 @pytest.mark.parametrize("scale_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_scales_may_have_any_type(scale_dtype, bits):

@@ -186,6 +186,37 @@ def test_quantize_is_idempotent_and_refuses_a_second_format(config):
         ChatGLMForConditionalGeneration(plain).quantize(5)
 
 
+def test_activations_are_quantized_on_request_only_and_the_switch_is_saved(config, tmp_path, monkeypatch):
+    config.hidden_size, config.inner_hidden_size = 128, 256
+    model = ChatGLMForConditionalGeneration(config).eval()
+    asked = []
+
+    def asked_for(x, weight, scale, bits, bias=None, int8_activations=False):
+        asked.append(int8_activations)
+
+    monkeypatch.setattr(quantization, "cpu_linear", asked_for)
+
+    def wishes(model):
+        asked.clear()
+        with torch.no_grad():
+            model(IDS)
+        return set(asked[:-1]), asked[-1]  # of the blocks, of the head
+
+    with pytest.raises(ValueError, match="quantize_activations='yes'"):
+        model.quantize(8, quantize_activations="yes")
+    model.quantize(8, quantize_head=True)
+    assert wishes(model) == ({False}, False)
+    with pytest.raises(ValueError, match="quantized already"):
+        model.quantize(4, quantize_activations=True)
+    assert not model.config.quantize_activations
+    model.quantize(8, quantize_activations=True)
+    assert wishes(model) == ({True}, False)
+    model.save_pretrained(tmp_path)
+    loaded = ChatGLMForConditionalGeneration.from_pretrained(tmp_path)
+    assert wishes(loaded) == ({True}, False)
+    assert wishes(loaded.quantize(8, quantize_activations=False)) == ({False}, False)
+
+
 def layers_of(model, kind):
     return (module for module in model.modules() if isinstance(module, kind))
 

@@ -307,7 +307,9 @@ class PrefixEncoder(nn.Module):
 def linear(config: ChatGLMConfig, in_features: int, out_features: int) -> nn.Module:
     if not config.quantization_bit:
         return Linear(in_features, out_features)
-    return QuantizedLinear(in_features, out_features, config.quantization_bit, config.quantization_group_size)
+    layer = QuantizedLinear(in_features, out_features, config.quantization_bit, config.quantization_group_size)
+    layer.quantize_activations = config.quantize_activations
+    return layer
 
 
 def embedding(config: ChatGLMConfig) -> nn.Module:
