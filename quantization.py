@@ -8,6 +8,7 @@ PyTorch with the same numbers.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -15,13 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_chatglm import GROUP_SIZES
+from .cpu_int4pack import Packed, pack, unpack
+from .cpu_int4pack import is_served as can_be_packed
+from .cpu_int4pack import linear as packed_linear
 from .cpu_kernels import dequantize as cpu_dequantize
 from .cpu_kernels import linear as cpu_linear
+from .cpu_runtime import instruction_set
 from .cuda_kernels import dequantize as cuda_dequantize
 from .cuda_kernels import linear as cuda_linear
 from .cuda_kernels import quantize as cuda_quantize
 
 LARGEST = {4: 7, 8: 127}
+_packing = threading.Lock()
 SEARCH_FACTORS = [1 - step / 40 for step in range(17)]  # of the largest value, when the scale is searched: 1.0 ... 0.6
 
 
@@ -173,9 +179,14 @@ class QuantizedLinear(nn.Linear):
     """A linear layer with int8 or int4 weights; adapters that know nn.Linear (PEFT) can wrap it.
 
     weight: int8 [out, in] or [out, in / 2]; weight_scale: [out] or [out, in / group_size]; bias: [out] or None.
+
+    Where torch's own INT4 product is the best that a CPU has, `packed` holds the weight in torch's order from the
+    first product on, and `weight` is empty. `restore` brings it back, as moving, saving and loading do first.
     """
 
     quantize_activations = False  # see ChatGLMConfig
+    shares_weight = False  # whether an embedding has the same
+    packed: Packed | None = None
 
     def __init__(
         self, in_features: int, out_features: int, bits: int, group_size: int = 0, bias: bool = True, device=None
@@ -203,10 +214,46 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         trained = x.requires_grad or (self.bias is not None and self.bias.requires_grad)
-        if not (trained and torch.is_grad_enabled()):
-            return product(x, self.weight, self.weight_scale, self.bits, self.bias, self.quantize_activations)
-        y = FrozenProduct.apply(x, self.weight, self.weight_scale, self.bits)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        if trained and torch.is_grad_enabled():
+            self.restore()
+            y = FrozenProduct.apply(x, self.weight, self.weight_scale, self.bits)
+            return y if self.bias is None else y + self.bias.to(y.dtype)
+        if self.packed is not None or self._is_to_be_packed(x):
+            y = packed_linear(x.reshape(-1, self.in_features), self._pack(), self.weight_scale, self.bias)
+            return y.view(*x.shape[:-1], self.out_features)
+        return product(x, self.weight, self.weight_scale, self.bits, self.bias, self.quantize_activations)
+
+    def _is_to_be_packed(self, x: Tensor) -> bool:
+        if self.bits != 4 or self.shares_weight or x.device.type != "cpu" or self.weight.device.type != "cpu":
+            return False
+        if torch.compiler.is_compiling() or instruction_set() or "forward" in self.__dict__:  # hooked: moved at will
+            return False
+        return can_be_packed(self.out_features, self.in_features)
+
+    def _pack(self) -> Packed:
+        with _packing:
+            if self.packed is None:
+                self.packed = pack(self.weight, self.weight_scale)
+                self.weight.data = self.weight.new_empty(self.out_features, 0)
+            return self.packed
+
+    def restore(self) -> None:
+        """Brings the official `weight` back."""
+        with _packing:
+            if self.packed is not None:
+                self.weight.data, self.packed = unpack(self.packed), None
+
+    def _apply(self, function, *arguments, **named):
+        self.restore()
+        return super()._apply(function, *arguments, **named)
+
+    def _save_to_state_dict(self, *arguments):
+        self.restore()
+        super()._save_to_state_dict(*arguments)
+
+    def _load_from_state_dict(self, *arguments):
+        self.restore()
+        super()._load_from_state_dict(*arguments)
 
     def extra_repr(self) -> str:
         names = ("in_features", "out_features", "bits", "group_size")
@@ -329,6 +376,7 @@ def quantize_embedding_and_head(model: nn.Module, search: bool) -> None:
     group_size = head_group_size(bits, model.config.quantization_group_size)
     tied = head.weight is transformer.word_embeddings.weight
     model.lm_head = QuantizedLinear.from_linear(head, bits, group_size, search)
+    model.lm_head.shares_weight = tied
     rows = model.lm_head if tied else as_linear(transformer.word_embeddings, bits, group_size, search)
     embedding = QuantizedEmbedding(head.out_features, head.in_features, bits, group_size, device="meta")
     embedding.weight, embedding.weight_scale = rows.weight, rows.weight_scale

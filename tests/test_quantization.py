@@ -172,6 +172,23 @@ def test_saved_quantized_models_load_as_they_were(config, tmp_path, options):
         assert saved["transformer.word_embeddings.weight"].dtype == torch.int8
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_bits_that_the_checkpoint_does_not_have_are_refused_with_the_cure(config, tmp_path, bits):
+    model = ChatGLMForConditionalGeneration(config).half()
+    model.save_pretrained(tmp_path / "16")
+    match = rf"not quantized: load it without quantization_bit = {bits}, and call model.quantize\({bits}\)"
+    with pytest.raises(ValueError, match=match):
+        ChatGLMForConditionalGeneration.from_pretrained(tmp_path / "16", quantization_bit=bits)
+    asked = ChatGLMConfig.from_pretrained(tmp_path / "16", quantization_bit=bits)
+    with pytest.raises(ValueError, match=match):
+        ChatGLMForConditionalGeneration.from_pretrained(tmp_path / "16", config=asked)
+    model.quantize(bits).save_pretrained(tmp_path / "int")
+    for other in (0, 12 - bits):
+        with pytest.raises(ValueError, match=f"holds INT{bits} weights: load it without quantization_bit = {other}$"):
+            ChatGLMForConditionalGeneration.from_pretrained(tmp_path / "int", quantization_bit=other)
+    assert ChatGLMForConditionalGeneration.from_pretrained(tmp_path / "int", quantization_bit=bits) is not None
+
+
 def test_quantize_is_idempotent_and_refuses_a_second_format(config):
     plain = copy.deepcopy(config)
     model = ChatGLMForConditionalGeneration(config)

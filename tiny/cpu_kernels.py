@@ -306,8 +306,7 @@ def gelu_arguments(x: Tensor, bias: Tensor | None, y: Tensor) -> dict[str, Tenso
 
 def _torch_linear(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int, bias: Tensor | None) -> Tensor | None:
     """torch's INT8 product, which is fast for bfloat16 activations only; the scale is applied afterwards, unrounded.
-
-    torch's INT4 product is left aside: it wants a packed copy of every weight, which would double the memory."""
+    INT4 takes two of them, where torch's own INT4 product (cpu_int4pack.py) can't be had, as for a tied head."""
     product = getattr(torch, "_weight_int8pack_mm", None)
     if product is None or bits == 16 or scale.dim() != 1:
         return None

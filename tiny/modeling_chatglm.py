@@ -33,6 +33,7 @@ from transformers.utils import logging
 from .chat import Answer, FiniteScores, Rounds, TokenTap, process_response, with_round
 from .configuration_chatglm import ChatGLMConfig
 from .cpu_decode import decode_step
+from .cpu_int4pack import pack  # noqa: F401
 from .cpu_kernel_ir import kernel_ir  # noqa: F401
 from .cpu_kernels import decode_attention
 from .cpu_kernels import gelu as cpu_gelu
@@ -355,6 +356,8 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
             folder = os.path.join(path, kwargs.get("subfolder") or "")
             if not any(name.endswith((".safetensors", ".bin", ".index.json")) for name in os.listdir(folder)):
                 raise OSError(f"{path}: {GET_WEIGHTS}")
+        if not kwargs.get("state_dict"):
+            refuse_other_bits(path, kwargs)
         return super().from_pretrained(path, *args, **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
@@ -391,6 +394,21 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         for module in self.modules():
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = enable
+
+
+def refuse_other_bits(path, arguments: dict[str, Any]) -> None:
+    """A checkpoint's weights have the bits of its own config.json, whatever the arguments of from_pretrained ask."""
+    config = arguments.get("config")
+    asked = arguments.get("quantization_bit") if config is None else getattr(config, "quantization_bit", None)
+    if asked is None:
+        return
+    of_hub = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token", "use_auth_token")
+    stored, _ = ChatGLMConfig.get_config_dict(path, **{name: arguments[name] for name in of_hub if name in arguments})
+    bits = stored.get("quantization_bit") or 0
+    if bits != asked:
+        held = f"INT{bits} weights" if bits else "weights that are not quantized"
+        cure = f", and call model.quantize({asked})" if asked and not bits else ""
+        raise ValueError(f"{path} holds {held}: load it without quantization_bit = {asked}{cure}")
 
 
 @functools.cache
@@ -604,6 +622,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             self.lm_head = QuantizedLinear(
                 config.hidden_size, config.vocab_size, config.head_bits, group_size, bias=False
             )
+            self.lm_head.shares_weight = config.tie_word_embeddings
             self._tied_weights_keys = tied_head_keys()
         else:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
