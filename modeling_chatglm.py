@@ -34,10 +34,12 @@ from .chat import Answer, FiniteScores, Rounds, TokenTap, process_response, with
 from .configuration_chatglm import ChatGLMConfig
 from .cpu_decode import decode_step
 from .cpu_int4pack import pack  # noqa: F401
-from .cpu_kernel_ir import kernel_ir  # noqa: F401
+from .cpu_kernel_ir import Variant  # noqa: F401
 from .cpu_kernels import decode_attention
 from .cpu_kernels import gelu as cpu_gelu
+from .cpu_product_ir import PRODUCTS  # noqa: F401
 from .cpu_runtime import instruction_set  # noqa: F401
+from .cpu_step_ir import STEPS  # noqa: F401
 from .cuda_kernels import linear as cuda_linear  # noqa: F401
 from .kv_cache import Past, as_cache, cached_length, fixed_length, is_tracing
 from .quantization import (

@@ -1,12 +1,12 @@
 """Model folders of the real widths with random weights, made tensor by tensor, for the benchmarks.
 
-    python benchmarks/make_model.py [--layers 28] [--dtype bfloat16] [--kinds 16 int8 int8-head int4 int4-head]
+    python benchmarks/make_model.py [--layers 28] [--dtype bfloat16] [--kinds 16 int8 int8-head int4 int4-head ...]
     python benchmarks/make_model.py --delete
 
 Writes `bench_data/<layers>-<dtype>/<kind>/`: the 16-bit checkpoint shard by shard, and from its matrices the INT8 and
-INT4 ones; `-head` stores embedding and head in INT8 as well. A shard that two folders share is one file on the disk
-(hard link). The code is copied beside, and a stand-in vocabulary of 1,444 pieces, enough for runs that feed ids.
-28 layers need 21 GB of disk and 3 GB of memory.
+INT4 ones; `-head` stores embedding and head in INT8 as well, `-head4` in INT4. A shard that two folders share is one
+file on the disk (hard link). The code is copied beside, and a stand-in vocabulary of 1,444 pieces, enough for runs
+that feed ids. 28 layers need 22 GB of disk and 3 GB of memory.
 """
 
 from __future__ import annotations
@@ -30,7 +30,14 @@ sys.path.insert(0, str(ROOT))
 from package import package_files, package_module  # noqa: E402
 
 DATA = ROOT / "bench_data"
-KINDS = {"16": (0, False), "int8": (8, False), "int8-head": (8, True), "int4": (4, False), "int4-head": (4, True)}
+KINDS = {  # name: bits of the layers and of the head, 0 for 16
+    "16": (0, 0),
+    "int8": (8, 0),
+    "int8-head": (8, 8),
+    "int4": (4, 0),
+    "int4-head": (4, 8),
+    "int4-head4": (4, 4),
+}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 EMBEDDING = "transformer.word_embeddings.weight"
 LINEARS = {  # name in a layer: rows and columns as multiples of the hidden size
@@ -95,19 +102,21 @@ def make_16_bit(folder: Path, layers: int, dtype: str) -> None:
     write_folder(folder, shards(), {**config, "num_layers": layers, "torch_dtype": dtype})
 
 
-def make_quantized(source: Path, folder: Path, layers: int, bits: int, head: bool, dtype: str) -> None:
+def make_quantized(source: Path, folder: Path, layers: int, bits: int, head: int, dtype: str) -> None:
     quantize = package_module("quantization").quantize_weight
-    sibling = source.with_name(f"int{bits}" if head else f"int{bits}-head")
+    siblings = [source.with_name(kind) for kind, (of_layers, _) in KINDS.items() if of_layers == bits]
+    sibling = next((other for other in siblings if (other / "config.json").is_file()), None)
 
     def shards() -> Iterator[tuple[str, dict[str, Tensor] | Path]]:
         for path in sorted(source.glob("model-*.safetensors")):
             name = path.stem.removeprefix("model-")
             if name == "norm" or (name == "head" and not head):
                 yield name, path
-            elif name != "head" and (sibling / "config.json").is_file():
+            elif name != "head" and sibling is not None:
                 yield name, sibling / path.name
             else:
-                yield name, {k: v for stored in load_tensors(path) for k, v in quantized(*stored, bits, quantize)}
+                width = head if name == "head" else bits
+                yield name, {k: v for stored in load_tensors(path) for k, v in quantized(*stored, width, quantize)}
 
     config = json.loads((source / "config.json").read_text())
     config.update(quantization_bit=bits, quantization_group_size=0, quantize_head=head)
@@ -121,11 +130,11 @@ def load_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def quantized(name: str, tensor: Tensor, bits: int, quantize) -> Iterator[tuple[str, Tensor]]:
-    """The stored form of one tensor; the embedding is INT8 whatever the bits of the layers."""
+    """The stored form of one tensor."""
     if tensor.dim() < 2:
         yield name, tensor
         return
-    weight, scale = quantize(tensor, 8 if name == EMBEDDING else bits)
+    weight, scale = quantize(tensor, bits)
     yield name, weight
     yield f"{name}_scale", scale.to(tensor.dtype)
 

@@ -42,6 +42,7 @@ class Model(NamedTuple):
     kind: str  # of folder, or ggml type
     peer: bool = False
     dtype: str = "bfloat16"
+    int8_activations: bool = False  # which change prefill only
 
 
 GROUPS = {  # what is measured in turn
@@ -50,11 +51,14 @@ GROUPS = {  # what is measured in turn
     "int8": [
         Model("ours int8", "int8"),
         Model("ours int8, int8 head", "int8-head"),
+        Model("ours int8, int8 activations", "int8-head", int8_activations=True),
         Model("chatglm.cpp q8_0", "q8_0", peer=True),
     ],
     "int4": [
         Model("ours int4", "int4"),
         Model("ours int4, int8 head", "int4-head"),
+        Model("ours int4, int4 head", "int4-head4"),
+        Model("ours int4, int8 activations", "int4-head", int8_activations=True),
         Model("chatglm.cpp q4_0", "q4_0", peer=True),
     ],
 }
@@ -88,6 +92,7 @@ class Bench:
         if model.peer:
             return Remote([self.options.peer_python, script("peer_chatglm_cpp.py"), "work", stored])
         command = [sys.executable, script("worker.py"), stored, "--layers", str(layers)]
+        command += ["--int8-activations"] if model.int8_activations else []
         return Remote([*command, "--threads", str(self.options.threads)], {"HF_HUB_OFFLINE": "1"})
 
     def keep(self, group: str, model: Model, cell: str, value) -> None:
@@ -96,14 +101,14 @@ class Bench:
 
     def run_group(self, group: str, layers: int, cells: dict[str, tuple[str, dict]], runs: int) -> None:
         """All models of a group at once, or where memory does not permit that one after the other, in each round."""
-        models = [model for model in GROUPS[group] if self.options.peers or not model.peer]
+        models = self.models(group, prefill=any("prefill" in cell for cell in cells))
         files = {file.stat().st_ino: file for model in models for file in files_of(self.stored(model, layers))}
         together = sum(file.stat().st_size for file in files.values()) < 0.7 * machine.memory_total()
         with ExitStack() as stack:
             workers = {m: stack.enter_context(self.start(m, layers)) for m in models} if together else {}
             for _ in range(runs):
-                self.measure_bandwidth(group)
                 for model in models:
+                    self.measure_bandwidth(group)
                     if together:
                         self.run_cells(group, layers, model, workers[model], cells)
                         continue
@@ -112,6 +117,10 @@ class Bench:
                         self.keep(group, model, f"{layers}: peak GB", worker("memory")["peak"] / 1e9)
             for model, worker in workers.items():
                 self.keep(group, model, f"{layers}: peak GB", worker("memory")["peak"] / 1e9)
+
+    def models(self, group: str, prefill: bool = False) -> list[Model]:
+        models = [model for model in GROUPS[group] if self.options.peers or not model.peer]
+        return [model for model in models if prefill or not model.int8_activations]
 
     def run_cells(self, group: str, layers: int, model: Model, worker: Remote, cells) -> None:
         for cell, (method, arguments) in cells.items():
@@ -127,9 +136,7 @@ class Bench:
 
     def run_load(self, group: str, layers: int, runs: int) -> None:
         """Reading the files, and load to first token, from the disk (once, where the system can) and from memory."""
-        for model in GROUPS[group]:
-            if model.peer and not self.options.peers:
-                continue
+        for model in self.models(group):
             files = files_of(self.stored(model, layers))
             if self.options.cold and machine.forget_files(files):
                 self.keep(group, model, f"{layers}: cold read", sum(map(machine.read_file, files)))
@@ -187,9 +194,8 @@ def result(bench: Bench, seconds: float) -> dict:
     options = bench.options
     sizes, layers = {}, options.layers
     for group in options.groups:
-        for model in GROUPS[group]:
-            if options.peers or not model.peer:
-                sizes[model.name] = bytes_per_token(bench, model)
+        for model in bench.models(group):
+            sizes[model.name] = bytes_per_token(bench, model)
     return {
         "machine": machine.describe(),
         "command": " ".join(["python benchmarks/speed.py", *sys.argv[1:]]),

@@ -20,9 +20,11 @@ class Figures:
     def __init__(self, figures: dict):
         self.figures = figures
 
-    def models(self) -> list[tuple[str, str]]:
+    def models(self, kind: str) -> list[tuple[str, str]]:
+        """(group, name) of all that have figures of this kind."""
         groups = self.figures["values"]
-        return [(group, name) for group, names in self.figures["groups"].items() for name in names if group in groups]
+        pairs = [(group, name) for group, names in self.figures["groups"].items() for name in names if group in groups]
+        return [pair for pair in pairs if any(f": {kind} " in cell for cell in groups[pair[0]].get(pair[1], {}))]
 
     def runs(self, group: str, name: str, cell: str) -> list[float]:
         return self.figures["values"][group].get(name, {}).get(cell, [])
@@ -82,7 +84,7 @@ def decode_table(figures: Figures) -> str:
     head = ["decode", *(f"tokens/s at {c}" for c in contexts), *(f"/ chatglm.cpp at {c}" for c in shown)]
     head += ["GB a token at 128", "read bandwidth GB/s", "share of it"]
     rows = []
-    for group, name in figures.models():
+    for group, name in figures.models("decode"):
         times = {c: figures.decode(group, name, c) for c in contexts}
         peer = figures.peer(group)
         against = [figures.decode(group, peer, c) if peer and peer != name else None for c in shown]
@@ -101,7 +103,7 @@ def prefill_table(figures: Figures) -> str:
     head = ["prefill", *(f"tokens/s, {p} tokens" for p in prompts), *(f"/ chatglm.cpp, {p}" for p in prompts)]
     head += ["all 28 layers, 128 tokens"] if layers >= LAYERS else []
     rows = []
-    for group, name in figures.models():
+    for group, name in figures.models("prefill"):
         times = {p: figures.prefill(group, name, p) for p in prompts}
         peer = figures.peer(group)
         against = [figures.prefill(group, peer, p) if peer and peer != name else None for p in prompts]
@@ -115,7 +117,7 @@ def prefill_table(figures: Figures) -> str:
 def context_table(figures: Figures) -> str:
     head = ["longer context", "ms a token at 100", "at 2000", "extra", "reading the cache", "extra / reading"]
     rows = []
-    for group, name in figures.models():
+    for group, name in figures.models("decode"):
         near, far = figures.decode(group, name, 100), figures.decode(group, name, 2000)
         if near is None or far is None:
             continue
@@ -130,7 +132,7 @@ def load_table(figures: Figures) -> str:
     head = ["load", "s to first token, cold", "reading the files, cold", "ratio"]
     head += ["s to first token, warm", "reading, warm", "ratio", "peak memory GB"]
     rows = []
-    for group, name in figures.models():
+    for group, name in figures.models("peak"):
         row = [name]
         for how in ("cold", "warm"):
             times = [figures.runs(group, name, f"{layers}: {how} {what}") for what in ("first token", "read")]
@@ -172,12 +174,12 @@ def plot(figures: Figures, file: Path) -> bool:
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     colours = dict(zip(figures.figures["groups"], pyplot.rcParams["axes.prop_cycle"].by_key()["color"]))
     drawn: dict[str, int] = {}
-    for group, name in figures.models():
+    for group, name in figures.models("decode"):
         times = {c: figures.decode(group, name, c) for c in figures.cells("decode")}
         points = [(c, 1 / t) for c, t in times.items() if t and t > 0]
         is_peer = name.startswith("chatglm.cpp")
+        style = ":" if is_peer else ("-", "--", "-.")[drawn.get(group, 0)]
         drawn[group] = drawn.get(group, 0) + (not is_peer)
-        style = ":" if is_peer else "-" if drawn[group] < 2 else "--"
         axes.plot(*zip(*points), style, color=colours[group], marker="s" if is_peer else "o", label=name)
     axes.set(xlabel="context, tokens", ylabel="decode, tokens/s", xlim=0, ylim=0)
     axes.set_title(

@@ -127,7 +127,9 @@ def prompt_lookup_table(worker: Worker, folder: Path, runs: int) -> str:
 def compile_table(folder: Path, layers: int, threads: int, runs: int, steps: int) -> str:
     rows, times = [], {}
     for compiled in (False, True):
-        options = argparse.Namespace(folder=str(folder), layers=layers, dtype=None, compile=compiled)
+        options = argparse.Namespace(
+            folder=str(folder), layers=layers, dtype=None, compile=compiled, int8_activations=False
+        )
         torch.set_num_threads(threads)
         worker = Worker(options)
         start = time.perf_counter()
@@ -160,7 +162,9 @@ def main() -> None:
     if options.compile:
         print(compile_table(folder, options.layers, options.threads, options.runs, options.steps))
         return
-    worker = Worker(argparse.Namespace(folder=str(folder), layers=None, dtype=None, compile=False))
+    worker = Worker(
+        argparse.Namespace(folder=str(folder), layers=None, dtype=None, compile=False, int8_activations=False)
+    )
     print(batch_table(worker, options.runs, options.steps), flush=True)
     print()
     print(prompt_lookup_table(worker, folder, options.runs))

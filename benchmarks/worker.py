@@ -1,6 +1,6 @@
 """One of our models in a process of its own: driven by remote.py.
 
-    python benchmarks/worker.py FOLDER [--layers N] [--dtype bfloat16] [--threads 2] [--compile]
+    python benchmarks/worker.py FOLDER [--layers N] [--dtype bfloat16] [--threads 2] [--compile] [--int8-activations]
 
 What it times is `generate` as users call it. speed.py and throughput.py start it.
 """
@@ -42,6 +42,8 @@ class Worker:
     def __init__(self, options: argparse.Namespace):
         start = time.perf_counter()
         changes = {"num_layers": options.layers} if options.layers else {}
+        if options.int8_activations:
+            changes["quantize_activations"] = True
         if options.dtype:
             changes["dtype"] = getattr(torch, options.dtype)
         self.model = AutoModel.from_pretrained(options.folder, trust_remote_code=True, **changes).eval()
@@ -117,6 +119,7 @@ def main() -> None:
     parser.add_argument("folder")
     parser.add_argument("--layers", type=int, help="only the first so many layers")
     parser.add_argument("--dtype")
+    parser.add_argument("--int8-activations", action="store_true", help="of prompts, in quantized models")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--compile", action="store_true", help="torch.compile the forward pass")
     options = parser.parse_args()

@@ -5,8 +5,9 @@ import threading
 import pytest
 import torch
 from chatglm_slim import cpu_decode, cpu_runtime, modeling_chatglm
-from chatglm_slim.cpu_kernel_ir import Variant, kernel_ir
+from chatglm_slim.cpu_kernel_ir import Variant
 from chatglm_slim.cpu_kernels import instruction_set, tried_gelu
+from chatglm_slim.cpu_runtime import kernel_ir
 from chatglm_slim.modeling_chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from test_cpu_kernels import isa  # noqa: F401  a fixture
 

@@ -9,8 +9,9 @@ import warnings
 import pytest
 import torch
 from chatglm_slim import cpu_kernels, cpu_runtime
-from chatglm_slim.cpu_kernel_ir import Variant, kernel_ir
+from chatglm_slim.cpu_kernel_ir import Variant
 from chatglm_slim.cpu_kernels import decode_attention, dequantize, instruction_set, linear
+from chatglm_slim.cpu_runtime import kernel_ir
 
 INSTRUCTION_SETS = ("avx2", "avx512", "avx512_bf16")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

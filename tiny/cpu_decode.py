@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .cpu_kernel_ir import CHUNK, LARGEST_HEAD, Arguments, Variant, attention_scratch
+from .cpu_kernel_ir import CHUNK, LARGEST_HEAD, Arguments, Variant
 from .cpu_kernels import (
     GEMV_ROWS,
     attention_arguments,
@@ -49,6 +49,7 @@ from .cpu_runtime import (
     run,
     scratch_size,
 )
+from .cpu_step_ir import attention_scratch
 from .kv_cache import grows_in_place, reserve
 from .quantization import Linear, QuantizedLinear
 

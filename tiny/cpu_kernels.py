@@ -1,9 +1,9 @@
 """Products with INT4, INT8 and 16-bit weights on x86 CPUs, by kernels compiled for the very machine at first use.
 
 At one new token a model is as fast as its weights can be read, so the kernels read the official storage format as it
-lies in memory, widen a weight in registers and sum in float32; activations keep their precision. cpu_kernel_ir.py
-writes them, cpu_runtime.py compiles and runs them. Without llvmlite torch's own INT8 kernel serves; where neither can,
-the public functions return None and the caller computes in plain PyTorch. Nothing happens at import.
+lies in memory, widen a weight in registers and sum in float32; activations keep their precision. cpu_product_ir.py
+and cpu_step_ir.py write them, cpu_runtime.py compiles and runs them. Without llvmlite torch's own INT8 kernel serves;
+where neither can, the public functions return None and the caller computes in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -13,19 +13,10 @@ import functools
 import torch
 from torch import Tensor
 
-from .cpu_kernel_ir import (
-    BLOCK_ROWS,
-    CHUNK,
-    INT8_BYTES,
-    INT8_COLUMNS,
-    LARGEST_HEAD,
-    PANEL,
-    TILE,
-    Variant,
-    attention_scratch,
-    int8_columns,
-)
+from .cpu_kernel_ir import BLOCK_ROWS, CHUNK, INT8_BYTES, INT8_COLUMNS, LARGEST_HEAD, PANEL, TILE, Variant
+from .cpu_product_ir import int8_columns
 from .cpu_runtime import IR_TYPES, dtype_of, empty, instruction_set, is_plain, kernel_address, noise, run
+from .cpu_step_ir import attention_scratch
 
 GEMV_ROWS = 4  # rows of activations in one pass over the weight: more sums than that do not fit the registers
 FEW_ROWS = {4: 16, 8: 12, 16: 8}  # bits -> up to so many rows, passes of a gemv beat a gemm; benchmarks/cpu_kernels.py

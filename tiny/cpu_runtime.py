@@ -15,7 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .cpu_kernel_ir import TILE, Arguments, Variant, kernel_ir
+from .cpu_kernel_ir import INTRINSICS, TILE, Arguments, Emitter, Variant
+from .cpu_product_ir import PRODUCTS
+from .cpu_step_ir import STEPS
 
 IR_TYPES = {torch.float32: "float", torch.bfloat16: "bfloat", torch.float16: "half"}
 
@@ -77,6 +79,18 @@ def _compile_and_check(variant: Variant, trial: Trial | None) -> tuple | None:
         warnings.warn(f"the CPU kernel {variant} is not used, plain PyTorch instead: {error}", stacklevel=2)
         return None
     return kernel
+
+
+def kernel_ir(variant: Variant) -> str:
+    """The module of LLVM IR with the one function `kernel`, which every thread runs."""
+    emit = Emitter()
+    emit.do("define void @kernel(ptr %arguments) {", "entry:")
+    args = Arguments(emit)
+    {**PRODUCTS, **STEPS}[variant.kind](emit, variant, args)
+    emit.do("  ret void", "}")
+    body = "\n".join(emit.lines)
+    used = [line for line in INTRINSICS.splitlines() if line and line.split("@")[1].split("(")[0] in body]
+    return "\n".join(used) + "\n" + body
 
 
 def _compile(variant: Variant) -> tuple:
