@@ -5,8 +5,8 @@ costs more than its arithmetic, and meanwhile no weight is read. Here the produc
 kernels run one behind the other without coming back to Python. Activations are rounded where the network rounds them;
 sums, and what only the next kernel reads, stay float32.
 
-A program belongs to a list of blocks and is made at its first decode step. Whatever changes in them, a weight, a hook,
-an adapter, is noticed at the next one. What is not served takes the plain way.
+A program belongs to a list of blocks and is made at its first decode step. At each step all that it depends on is
+compared: a new weight, a hook, an adapter leads to another program or to the plain way, which serves everything else.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as modules_of_torch
 
 from .cpu_kernel_ir import CHUNK, LARGEST_HEAD, Arguments, Variant
 from .cpu_kernels import (
@@ -29,6 +30,7 @@ from .cpu_kernels import (
     gemv_arguments,
     gemv_variant,
     is_served,
+    is_vector,
     tried_gelu,
     tried_product,
 )
@@ -50,31 +52,51 @@ from .cpu_runtime import (
     scratch_size,
 )
 from .cpu_step_ir import attention_scratch
-from .kv_cache import grows_in_place, reserve
+from .kv_cache import cached_states, grows_in_place, reserve
 from .quantization import Linear, QuantizedLinear
 
+PARTS = ("input_layernorm", "attention", "post_attention_layernorm", "mlp")
+ATTENTION_PARTS, MLP_PARTS = ("query_key_value", "dense"), ("dense_h_to_4h", "dense_4h_to_h")
+GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
+LEAVES = (nn.LayerNorm, Linear, QuantizedLinear)
 STEPS, ATTENTION = 8, 2  # kernels of a block, behind the norm that comes before the first; attention's place there
 
-_programs: weakref.WeakKeyDictionary[nn.Module, Program] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()  # a program has one set of buffers
+_programs: weakref.WeakKeyDictionary[nn.Module, Programs] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
 
 
-def decode_step(blocks: nn.ModuleList, final_norm: nn.LayerNorm, hidden: Tensor, rotary, cache) -> Tensor | None:
+def decode_step(
+    blocks: nn.ModuleList, final_norm: nn.LayerNorm, hidden: Tensor, rotary, cache, kinds: tuple[type, type, type]
+) -> Tensor | None:
     """The output [B, 1, hidden] of all blocks and the final norm for one new token; None where that is not served.
 
     hidden: [B, 1, hidden], the embedding; rotary: the tables of its position, of hidden's type; cache: holds all other
-    tokens, all of them visible, and gets this one. Served: up to four sequences on a CPU, without gradients, in a
-    cache that grows in place, through 16-bit or quantized layers that nobody has replaced or hooked.
+    tokens, all of them visible, and gets this one; kinds: the classes of block, attention and MLP. Served: up to four
+    sequences on a CPU, without gradients, in a cache that grows in place, through 16-bit or quantized layers that
+    nobody has replaced or hooked.
     """
     if torch.is_grad_enabled() or not grows_in_place(cache) or not is_plain(hidden) or not instruction_set():
         return None
+    state = network_state(blocks, final_norm, kinds)
+    if state is None:
+        return None
     cos, sin = (table[..., -1, :].flatten(1) for table in rotary)
-    wanted = Purpose(hidden.shape[0], hidden.dtype, rotary[0].shape[4], torch.get_num_threads())
+    purpose = Purpose(hidden.shape[0], hidden.dtype, rotary[0].shape[4], torch.get_num_threads())
     with _lock:
-        program = _programs.get(blocks)
-        if program is None or program.purpose != wanted or not program.is_valid():
-            program = _programs[blocks] = Program(blocks, final_norm, wanted)
-        return program.run(hidden, cos, sin, cache) if program.is_complete else None
+        programs = _programs.setdefault(blocks, Programs(threading.Lock(), {}))
+    with programs.lock:
+        program = programs.by_purpose.get(purpose)
+        if program is None or program.state != state:
+            with torch.inference_mode(False):  # its buffers outlive the mode of their first use
+                program = programs.by_purpose[purpose] = Program(blocks, final_norm, purpose, state)
+        return program.run(hidden, cos, sin, cache) if program.is_complete and program.fits(cache) else None
+
+
+class Programs(NamedTuple):
+    """Of one list of blocks. They hold addresses of its tensors, and nothing that would keep those alive."""
+
+    lock: threading.Lock  # a program has one set of buffers
+    by_purpose: dict[Purpose, Program]
 
 
 class Purpose(NamedTuple):
@@ -96,41 +118,31 @@ class Step(NamedTuple):
 class Program:
     """The kernels of all blocks in order with their arguments, and the buffers between them."""
 
-    def __init__(self, blocks: nn.ModuleList, final_norm: nn.LayerNorm, purpose: Purpose):
-        self.purpose = purpose
-        # Not the list itself: its program must not keep it alive.
-        self.modules = [module for block in blocks for module in block.modules()] + [final_norm]
-        owners = [blocks._modules] + [module._modules for module in self.modules]
-        self.children = [(owner, *item) for owner in owners for item in owner.items()]
-        self.tensors = [(module._parameters, *item) for module in self.modules for item in module._parameters.items()]
-        self.addresses = self._addresses()
-        self.is_complete = self.is_valid() and is_served_network(blocks, final_norm, purpose)
+    def __init__(self, blocks: nn.ModuleList, final_norm: nn.LayerNorm, purpose: Purpose, state: list):
+        self.purpose, self.state = purpose, state
+        self.layers = [block.attention.layer_idx for block in blocks]
+        self.is_complete = is_served_network(blocks, final_norm, purpose)
         if self.is_complete:
             self._assemble(list(self._steps(blocks, final_norm)))
 
-    def _addresses(self) -> list[int]:
-        return [tensor.data_ptr() for _, _, tensor in self.tensors if tensor is not None]
-
-    def is_valid(self) -> bool:
-        """Whether the blocks are as they were, and calling them would do no more than what is written in them."""
-        if any(owner.get(name) is not part for owner, name, part in self.children + self.tensors):
-            return False
-        if self.addresses != self._addresses():
-            return False
-        return not any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in self.modules)
+    def fits(self, cache) -> bool:
+        """Whether the cache holds keys and values of the right shape, as many in every layer."""
+        sequences, heads, _, size = self.new_states.shape
+        shapes = {states.shape for layer_idx in self.layers for states in cached_states(cache, layer_idx)}
+        return len(shapes) == 1 and shapes <= {(sequences, heads, tokens, size) for _, _, tokens, size in shapes}
 
     def run(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache) -> Tensor:
-        states = [reserve(cache, layer_idx, self.new_states) for layer_idx in range(len(self.attention))]
-        tokens = states[0][0].shape[2]
+        tokens = 1 + cached_states(cache, self.layers[0])[0].shape[2]
         if attention_scratch(tokens) > self.scratch:
             self._allocate_scratch(attention_scratch(tokens + 1024))
-        self.table[:, : len(Arguments.COUNTERS)] = 0
-        arguments = [attention_arguments(*layer) for layer in states]
-        words = torch.tensor([list(of_layer.values()) for of_layer in arguments], device="cpu")
-        self.attention[:, [WORD[name] for name in arguments[0]]] = words
         self.hidden.copy_(hidden[:, 0])
         self.cos.copy_(cos)
         self.sin.copy_(sin)
+        self.table[:, : len(Arguments.COUNTERS)] = 0
+        states = [reserve(cache, layer_idx, self.new_states) for layer_idx in self.layers]
+        arguments = [attention_arguments(*layer) for layer in states]
+        words = torch.tensor([list(of_layer.values()) for of_layer in arguments], device="cpu")
+        self.attention[:, [WORD[name] for name in arguments[0]]] = words
         launch(self.address, self.words.data_ptr(), self.purpose.threads)
         return self.normed.clone().unsqueeze(1)
 
@@ -215,28 +227,74 @@ class Program:
         self.table[:, WORD["scratch"]] = aligned_address(self.memory)
 
 
+def network_state(blocks: nn.ModuleList, final_norm: nn.Module, kinds: tuple[type, type, type]) -> list | None:
+    """All that a program depends on, as values: the numbers of the modules, and where and in what form their tensors
+    lie. None where calling the modules would do anything else than what their classes say."""
+    if any(getattr(modules_of_torch, name, None) for name in GLOBAL_HOOKS):
+        return None
+    state: list = []
+    leaves = [final_norm]
+    for block in blocks._modules.values():
+        if type(block) is not kinds[0] or tuple(block._modules) != PARTS:
+            return None
+        norm, attention, norm_after, mlp = block._modules.values()
+        if (type(attention), type(mlp)) != kinds[1:] or any(map(is_altered, (block, attention, mlp))):
+            return None
+        if tuple(attention._modules) != ATTENTION_PARTS or tuple(mlp._modules) != MLP_PARTS:
+            return None
+        state += (block.residual_scale, attention.layer_idx, attention.heads, attention.head_size)
+        leaves += (norm, *attention._modules.values(), norm_after, *mlp._modules.values())
+    for leaf in leaves:
+        if type(leaf) not in LEAVES or is_altered(leaf):
+            return None
+        state += (type(leaf), getattr(leaf, "eps", None) or getattr(leaf, "bits", 16))
+        for tensor in leaf._parameters.values():
+            if tensor is None or not is_plain(tensor):
+                return None
+            state += (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+    return state
+
+
+def is_altered(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
 def is_served_network(blocks: nn.ModuleList, final_norm: nn.LayerNorm, purpose: Purpose) -> bool:
-    norms = [final_norm] + [
-        norm for block in blocks for norm in (block.input_layernorm, block.post_attention_layernorm)
-    ]
-    vectors = [tensor for norm in norms for tensor in (norm.weight, norm.bias)]
+    """Whether types and shapes are those of kernels; the modules are those that `network_state` accepts."""
     if purpose.dtype not in IR_TYPES or purpose.sequences > GEMV_ROWS or not len(blocks):
         return False
-    size = blocks[0].attention.head_size
-    if size % 32 or size > LARGEST_HEAD or any(type(norm) is not nn.LayerNorm for norm in norms):
+    attention, (width,) = blocks[0].attention, final_norm.normalized_shape
+    heads, size, inner = attention.heads, attention.head_size, blocks[0].mlp.dense_h_to_4h.out_features
+    if size % 32 or size > LARGEST_HEAD or heads * size != width or size % (4 * purpose.position_rows):
         return False
     for block in blocks:
-        for layer in (block.attention.query_key_value, block.attention.dense, *block.mlp.children()):
-            if type(layer) not in (Linear, QuantizedLinear) or layer.bias is None:
-                return False
-            scale, bits = weight_format(layer)
-            if bits == 16 and layer.weight.dtype != purpose.dtype:
-                return False
-            x = torch.empty(purpose.sequences, layer.in_features, dtype=purpose.dtype, device="cpu")
-            if not is_served(x, layer.weight, scale, bits):
-                return False
-            vectors.append(layer.bias)
-    return all(is_plain(v) and v.is_contiguous() and v.dtype in IR_TYPES for v in vectors if v is not None)
+        attention, mlp = block.attention, block.mlp
+        products = {attention.query_key_value: (3 * width, width), attention.dense: (width, width)}
+        products.update({mlp.dense_h_to_4h: (inner, width), mlp.dense_4h_to_h: (width, inner)})
+        if (attention.heads, attention.head_size) != (heads, size):
+            return False
+        if not all(is_served_product(layer, *shape, purpose) for layer, shape in products.items()):
+            return False
+    norms = [norm for block in blocks for norm in (block.input_layernorm, block.post_attention_layernorm)]
+    return all(is_served_norm(norm, width) for norm in (*norms, final_norm))
+
+
+def is_served_product(layer: nn.Module, rows: int, columns: int, purpose: Purpose) -> bool:
+    if type(layer) not in (Linear, QuantizedLinear) or (layer.out_features, layer.in_features) != (rows, columns):
+        return False
+    scale, bits = weight_format(layer)
+    if layer.bias is None or layer.bias.shape != (rows,) or (bits == 16 and layer.weight.dtype != purpose.dtype):
+        return False
+    x = empty(purpose.sequences, columns, dtype=purpose.dtype)
+    stored = (rows, columns * bits // 8 if bits < 16 else columns)
+    return layer.weight.shape == stored and is_vector(layer.bias) and is_served(x, layer.weight, scale, bits)
+
+
+def is_served_norm(norm: nn.Module, width: int) -> bool:
+    if type(norm) is not nn.LayerNorm or norm.normalized_shape != (width,) or norm.bias is None:
+        return False
+    vectors = (norm.weight, norm.bias)
+    return all(is_vector(v) and v.shape == (width,) and v.dtype == norm.weight.dtype for v in vectors)
 
 
 def weight_format(layer: Linear | QuantizedLinear) -> tuple[Tensor | None, int]:

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .int4 import pack_int4, unpack_int4
+
 ROWS = 64  # of a weight are packed together on any processor; their number must be a multiple
 GROUPS = (256, 128, 64, 32)  # columns a scale that the product knows
 PACKED_AT_ONCE = 1 << 20  # weights, which take four bytes each while they are packed
@@ -37,7 +39,7 @@ def block_order() -> tuple[Tensor, Tensor] | None:
     low, high = ((parts[0] >> shift & 15).long() + 16 * (parts[1] >> shift & 15) for shift in (0, 4))
     for block in (ROWS, ROWS // 2):
         order = tuple(half.flatten()[: block // 2] for half in (low, high))
-        if torch.cat(order).sort().values.equal(torch.arange(block)) and _is_right(order):
+        if torch.cat(order).sort().values.equal(torch.arange(block, device="cpu")) and _is_right(order):
             return order
     return None
 
@@ -48,13 +50,14 @@ def _is_right(order: tuple[Tensor, Tensor]) -> bool:
     packed = _pack_rows(weight)
     if not _unpack(packed, order).equal(weight):
         return False
-    values = torch.stack((weight >> 4, (weight << 4) >> 4), dim=-1).flatten(1).float()
+    values = unpack_int4(weight).float()
     x = torch.linspace(-1, 1, 128, dtype=torch.float32, device="cpu").bfloat16()[None]
     y = torch._weight_int4pack_mm_for_cpu(x, packed, *group_scales(torch.ones(2 * ROWS, device="cpu"), 128))
     return bool(((y.float() - x.float() @ values.T).abs() <= 0.02 * (x.float().abs() @ values.abs().T)).all())
 
 
 class Packed(NamedTuple):
+    scale: Tensor  # that it was packed with
     weight: Tensor  # uint8 [N, K / 2]
     group: int  # columns a scale
     scales: Tensor  # bfloat16 [K / group, N, 2]: scales and zero points
@@ -64,12 +67,11 @@ def pack(weight: Tensor, scale: Tensor) -> Packed:
     """int8 [N, K / 2] in the official order, and its scales, as torch's product wants them."""
     rows = max(ROWS, PACKED_AT_ONCE // (2 * weight.shape[1]) // ROWS * ROWS)
     packed = torch.cat([_pack_rows(part) for part in weight.split(rows)])
-    return Packed(packed, *group_scales(scale, 2 * weight.shape[1]))
+    return Packed(scale, packed, *group_scales(scale, 2 * weight.shape[1]))
 
 
 def _pack_rows(weight: Tensor) -> Tensor:
-    values = torch.stack((weight >> 4, (weight << 4) >> 4), dim=-1).flatten(1)
-    return torch._convert_weight_to_int4pack_for_cpu(values.to(torch.int32).add_(8), 1)
+    return torch._convert_weight_to_int4pack_for_cpu(unpack_int4(weight).to(torch.int32).add_(8), 1)
 
 
 def unpack(packed: Packed) -> Tensor:
@@ -84,8 +86,7 @@ def _unpack(packed: Tensor, order: tuple[Tensor, Tensor]) -> Tensor:
     values = torch.empty(rows // (2 * half), 2 * half, columns, dtype=torch.uint8, device="cpu")
     for of_half, nibbles in zip(order, (blocks & 15, blocks >> 4)):
         values[:, of_half] = nibbles.transpose(1, 2)
-    values = values.view(rows, columns) ^ 8  # from 0 ... 15 back to two's complement
-    return (values[:, ::2] << 4 | values[:, 1::2]).view(torch.int8)
+    return pack_int4(values.view(rows, columns).view(torch.int8) - 8)
 
 
 def group_scales(scale: Tensor, columns: int) -> tuple[int, Tensor]:
@@ -104,6 +105,6 @@ def _ones(groups: int, rows: int) -> Tensor:
 
 def linear(x: Tensor, packed: Packed, scale: Tensor, bias: Tensor | None) -> Tensor:
     """x [M, K] @ (scale * weight).T + bias, in x's type; activations are rounded to bfloat16, as the product wants."""
-    y = torch._weight_int4pack_mm_for_cpu(x.bfloat16().contiguous(), *packed).float()
+    y = torch._weight_int4pack_mm_for_cpu(x.bfloat16().contiguous(), *packed[1:]).float()
     y = y * scale.float() if scale.dim() == 1 else y
     return (y if bias is None else y.add_(bias)).to(x.dtype)

@@ -3,7 +3,7 @@
 A quantized matrix is `weight`, int8 [out, in] or two int4 columns a byte [out, in / 2] (the even column in the high
 nibble, two's complement), and `weight_scale` [out], or [out, in / group] with group-wise scales. What computes with it
 is chosen in `product`, the one seam: compiled CPU kernels (cpu_kernels.py), CUDA kernels (cuda_kernels.py), or plain
-PyTorch with the same numbers.
+PyTorch with the same numbers. Only INT4 on a CPU without llvmlite is another matter: see QuantizedLinear.packed.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from .cpu_runtime import instruction_set
 from .cuda_kernels import dequantize as cuda_dequantize
 from .cuda_kernels import linear as cuda_linear
 from .cuda_kernels import quantize as cuda_quantize
+from .int4 import pack_int4, unpack_int4
 
 LARGEST = {4: 7, 8: 127}
 _packing = threading.Lock()
@@ -34,18 +35,6 @@ SEARCH_FACTORS = [1 - step / 40 for step in range(17)]  # of the largest value, 
 # ---------------------------------------------------------------------------------------------------------------------
 # The format: pure functions
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def pack_int4(values: Tensor) -> Tensor:
-    """int8 [..., in] with values -8 ... 7 -> int8 [..., in / 2], even columns in the high nibbles."""
-    if values.shape[-1] % 2:
-        raise ValueError(f"{values.shape[-1]} columns: INT4 packs two in a byte, so their number must be even")
-    return ((values[..., 0::2] & 15) << 4) | (values[..., 1::2] & 15)
-
-
-def unpack_int4(packed: Tensor) -> Tensor:
-    """int8 [..., in / 2] -> int8 [..., in], the reverse of pack_int4."""
-    return torch.stack((packed >> 4, (packed << 4) >> 4), dim=-1).flatten(-2)
 
 
 def quantize_weight(weight: Tensor, bits: int, group_size: int = 0, search: bool = False) -> tuple[Tensor, Tensor]:
@@ -170,7 +159,8 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or self.weight.dtype == torch.float32 or x.dtype != self.weight.dtype:
             return super().forward(x)
-        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
+        trained = (tensor is not None and tensor.requires_grad for tensor in (x, self.weight, self.bias))
+        if torch.is_grad_enabled() and any(trained):
             return super().forward(x)
         return product(x, self.weight, None, 16, self.bias)
 
@@ -180,8 +170,9 @@ class QuantizedLinear(nn.Linear):
 
     weight: int8 [out, in] or [out, in / 2]; weight_scale: [out] or [out, in / group_size]; bias: [out] or None.
 
-    Where torch's own INT4 product is the best that a CPU has, `packed` holds the weight in torch's order from the
-    first product on, and `weight` is empty. `restore` brings it back, as moving, saving and loading do first.
+    Where torch's own INT4 product is the best that a CPU has (no llvmlite; it rounds activations to bfloat16),
+    `packed` holds the weight in torch's order from the first product on, and `weight` is empty. `restore` brings it
+    back, as moving, saving, copying and loading do first.
     """
 
     quantize_activations = False  # see ChatGLMConfig
@@ -218,30 +209,43 @@ class QuantizedLinear(nn.Linear):
             self.restore()
             y = FrozenProduct.apply(x, self.weight, self.weight_scale, self.bits)
             return y if self.bias is None else y + self.bias.to(y.dtype)
-        if self.packed is not None or self._is_to_be_packed(x):
+        if self._may_be_packed(x):
             y = packed_linear(x.reshape(-1, self.in_features), self._pack(), self.weight_scale, self.bias)
             return y.view(*x.shape[:-1], self.out_features)
+        self.restore()
         return product(x, self.weight, self.weight_scale, self.bits, self.bias, self.quantize_activations)
 
-    def _is_to_be_packed(self, x: Tensor) -> bool:
+    def _may_be_packed(self, x: Tensor) -> bool:
         if self.bits != 4 or self.shares_weight or x.device.type != "cpu" or self.weight.device.type != "cpu":
             return False
-        if torch.compiler.is_compiling() or instruction_set() or "forward" in self.__dict__:  # hooked: moved at will
+        if instruction_set() or "forward" in self.__dict__:  # better kernels; hooked: moved at will
             return False
         return can_be_packed(self.out_features, self.in_features)
 
     def _pack(self) -> Packed:
-        with _packing:
-            if self.packed is None:
-                self.packed = pack(self.weight, self.weight_scale)
-                self.weight.data = self.weight.new_empty(self.out_features, 0)
-            return self.packed
+        packed = self.packed
+        if packed is not None and not self.weight.numel() and packed.scale is self.weight_scale:
+            return packed
+        with _packing, torch.inference_mode(False), torch.no_grad():
+            if not self.weight.numel():  # packed by another thread, or with another scale
+                self.weight = nn.Parameter(unpack(self.packed), requires_grad=False)
+            self.packed = packed = pack(self.weight, self.weight_scale)
+            # A parameter of its own: whoever holds the old one, autograd for instance, keeps it whole.
+            self.weight = nn.Parameter(self.weight.new_empty(self.out_features, 0), requires_grad=False)
+        return packed
 
     def restore(self) -> None:
         """Brings the official `weight` back."""
-        with _packing:
-            if self.packed is not None:
-                self.weight.data, self.packed = unpack(self.packed), None
+        if self.packed is None:
+            return
+        with _packing, torch.inference_mode(False), torch.no_grad():
+            if self.packed is not None and not self.weight.numel():
+                self.weight = nn.Parameter(unpack(self.packed), requires_grad=False)
+            self.packed = None
+
+    def __getstate__(self):
+        self.restore()  # the packed order is this processor's
+        return self.__dict__.copy()
 
     def _apply(self, function, *arguments, **named):
         self.restore()
@@ -315,7 +319,7 @@ def quantize_model(
     """
     config = model.config
     if bits == 0:
-        return model
+        return switch_activations(model, quantize_activations) if config.quantization_bit else model
     if bits not in LARGEST:
         raise ValueError(f"quantize({bits}): use 8, 4, or 0 for no quantization")
     if quantize_activations not in (None, False, True):

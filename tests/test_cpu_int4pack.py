@@ -66,6 +66,44 @@ def test_a_packed_layer_takes_no_more_memory_and_is_saved_moved_copied_and_loade
     assert torch.equal(layer(x), other(x))
 
 
+def test_packing_between_forward_and_backward_leaves_autograd_its_weight():
+    layer, x = make_layer(128, 256), torch.randn(3, 256).bfloat16().requires_grad_()
+    y = layer(x)
+    with torch.no_grad():
+        layer(x)
+    assert layer.packed is not None
+    y.sum().backward()
+    assert x.grad.abs().sum() > 0
+    with torch.inference_mode():
+        layer.state_dict()
+    layer(x).sum().backward()
+
+
+@torch.no_grad()
+def test_what_replaces_the_weight_or_the_scale_counts():
+    layer, x = make_layer(128, 256, group_size=32), torch.randn(3, 256).bfloat16()
+    y = layer(x)
+    layer.weight_scale = torch.nn.Parameter(2 * layer.weight_scale, requires_grad=False)
+    torch.testing.assert_close(layer(x) - layer.bias, 2 * (y - layer.bias), rtol=0.02, atol=0.02)
+    zeros = torch.zeros(128, 128, dtype=torch.int8)
+    layer.weight = torch.nn.Parameter(zeros, requires_grad=False)
+    torch.testing.assert_close(layer(x), layer.bias.expand(3, -1))
+    assert torch.equal(layer.state_dict()["weight"], zeros)
+    layer(x)
+    layer.forward = layer.forward  # as hooks of accelerate do, which move the weight
+    layer(x)
+    assert layer.packed is None and torch.equal(layer.weight, zeros)
+
+
+@torch.no_grad()
+def test_pickles_hold_the_official_format(tmp_path):
+    layer, x = make_layer(128, 256), torch.randn(3, 256).bfloat16()
+    official, y = layer.weight.clone(), layer(x)
+    torch.save(layer, tmp_path / "layer.pt")
+    loaded = torch.load(tmp_path / "layer.pt", weights_only=False)
+    assert loaded.packed is None and torch.equal(loaded.weight, official) and torch.equal(loaded(x), y)
+
+
 def test_gradients_flow_after_packing():
     layer = make_layer(128, 256)
     x = torch.randn(3, 256).bfloat16()

@@ -115,7 +115,7 @@ def test_int8_activations_give_the_exact_product_of_what_they_were_rounded_to(x_
     weight, scale, exact = make_weight(*shape, bits)
     x = make_x(rows, shape[1], x_dtype)
     x[3] = 0
-    values, scales = cpu_kernels.quantize_activations(x, bits)
+    values, scales = cpu_kernels.activations_as_int8(x, bits)
     assert values.abs().max() == 127 and (values == values.round()).all()
     y = linear(x, weight, scale, bits, None, True)
     assert y.dtype == x_dtype

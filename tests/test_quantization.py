@@ -173,20 +173,24 @@ def test_saved_quantized_models_load_as_they_were(config, tmp_path, options):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_bits_that_the_checkpoint_does_not_have_are_refused_with_the_cure(config, tmp_path, bits):
+def test_a_format_that_the_checkpoint_does_not_have_is_refused_with_the_cure(config, tmp_path, bits):
+    load = ChatGLMForConditionalGeneration.from_pretrained
     model = ChatGLMForConditionalGeneration(config).half()
     model.save_pretrained(tmp_path / "16")
-    match = rf"not quantized: load it without quantization_bit = {bits}, and call model.quantize\({bits}\)"
+    match = rf"quantization_bit=0, .* was to be loaded with quantization_bit={bits}, .*call model.quantize"
     with pytest.raises(ValueError, match=match):
-        ChatGLMForConditionalGeneration.from_pretrained(tmp_path / "16", quantization_bit=bits)
+        load(tmp_path / "16", quantization_bit=bits)
     asked = ChatGLMConfig.from_pretrained(tmp_path / "16", quantization_bit=bits)
     with pytest.raises(ValueError, match=match):
-        ChatGLMForConditionalGeneration.from_pretrained(tmp_path / "16", config=asked)
+        load(tmp_path / "16", config=asked)
     model.quantize(bits).save_pretrained(tmp_path / "int")
-    for other in (0, 12 - bits):
-        with pytest.raises(ValueError, match=f"holds INT{bits} weights: load it without quantization_bit = {other}$"):
-            ChatGLMForConditionalGeneration.from_pretrained(tmp_path / "int", quantization_bit=other)
-    assert ChatGLMForConditionalGeneration.from_pretrained(tmp_path / "int", quantization_bit=bits) is not None
+    for other in ({"quantization_bit": 0}, {"quantization_bit": 12 - bits}, {"quantize_head": True}):
+        with pytest.raises(ValueError, match=f"holds weights with quantization_bit={bits}, .*: load it as it is$"):
+            load(tmp_path / "int", **other)
+    asked = ChatGLMConfig.from_pretrained(tmp_path / "int")
+    assert load(tmp_path / "int", quantization_bit=bits) is not None
+    (tmp_path / "int" / "config.json").unlink()
+    assert load(tmp_path / "int", config=asked).config.quantization_bit == bits
 
 
 def test_quantize_is_idempotent_and_refuses_a_second_format(config):
@@ -250,6 +254,15 @@ def test_conversion_before_and_after_quantization_agree(config, convert):
     with torch.no_grad():
         difference = (before(IDS).logits - after(IDS).logits).abs().max()
     assert difference < (0.02 if convert != "bfloat16" else 0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_a_bias_alone_can_be_trained(dtype, rows):
+    for layer in (quantization.Linear(128, 128).to(dtype), QuantizedLinear.from_linear(torch.nn.Linear(128, 128), 8)):
+        layer.requires_grad_(False).bias.requires_grad_()
+        layer(torch.randn(rows, 128).to(layer.bias.dtype)).float().sum().backward()
+        assert torch.equal(layer.bias.grad, torch.full_like(layer.bias, rows))
 
 
 def test_gradients_reach_adapters_through_frozen_weights():

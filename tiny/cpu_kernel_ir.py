@@ -50,7 +50,7 @@ declare {F32X16} @llvm.x86.avx512bf16.dpbf16ps.512({F32X16}, {BF16X32}, {BF16X32
 class Variant(NamedTuple):
     """What one compiled kernel is for; the types are names of LLVM IR, or "" where there is none."""
 
-    kind: str  # a key of KERNELS
+    kind: str  # a key of PRODUCTS or STEPS
     isa: str  # "avx512_bf16", "avx512" or "avx2"
     bits: int  # 4, 8 or 16
     group: int  # columns per scale; 0 = one scale per row, or none

@@ -17,6 +17,7 @@ from .cpu_kernel_ir import BLOCK_ROWS, CHUNK, INT8_BYTES, INT8_COLUMNS, LARGEST_
 from .cpu_product_ir import int8_columns
 from .cpu_runtime import IR_TYPES, dtype_of, empty, instruction_set, is_plain, kernel_address, noise, run
 from .cpu_step_ir import attention_scratch
+from .int4 import unpack_int4
 
 GEMV_ROWS = 4  # rows of activations in one pass over the weight: more sums than that do not fit the registers
 FEW_ROWS = {4: 16, 8: 12, 16: 8}  # bits -> up to so many rows, passes of a gemv beat a gemm; benchmarks/cpu_kernels.py
@@ -47,7 +48,7 @@ def linear(
     >>> y is None or y.tolist()
     [[-4064.0, 160.0, 0.0, 4224.0]]
     """
-    if not is_served(x, weight, scale, bits) or not (bias is None or _is_vector(bias)):
+    if not is_served(x, weight, scale, bits) or not (bias is None or is_vector(bias)):
         return None
     rows = x.shape[0]
     if rows <= FEW_ROWS[bits] or weight.shape[0] < BLOCK_ROWS:
@@ -71,7 +72,7 @@ def gelu(x: Tensor) -> Tensor | None:
     """GELU in its tanh form of [..., K] in bfloat16 or float16, computed in float32; None where not served, which is
     for K % 128 != 0 and where a gradient is wanted."""
     if (
-        not _is_vector(x)
+        not is_vector(x)
         or x.dtype == torch.float32
         or x.shape[-1] % CHUNK
         or not x.numel()
@@ -139,7 +140,7 @@ def is_served(x: Tensor | None, weight: Tensor, scale: Tensor | None, bits: int)
     return all(is_plain(tensor) and tensor.is_contiguous() for tensor in (x, weight, scale) if tensor is not None)
 
 
-def _is_vector(tensor: Tensor) -> bool:
+def is_vector(tensor: Tensor) -> bool:
     return is_plain(tensor) and tensor.is_contiguous() and tensor.dtype in IR_TYPES
 
 
@@ -237,7 +238,7 @@ def _run_panels(address: int, x: Tensor) -> Tensor:
     return panels
 
 
-def quantize_activations(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def activations_as_int8(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """In plain PyTorch, what int8 products make of x [M, K] for weights of `bits`: integers, and their scales, [M, K]
     each."""
     order = torch.tensor(int8_columns(bits), device="cpu")  # [blocks of a chunk, INT8_COLUMNS]
@@ -332,7 +333,7 @@ def tried_product(variant: Variant, address: int) -> tuple[Tensor, Tensor, Tenso
         bias = noise(len(weight), dtype=dtype_of(variant.bias)) if variant.bias else None
         y = _run_gemm(variant, address, x, weight, scale, bias)
     if variant.int8:
-        values, scales = quantize_activations(x, variant.bits)
+        values, scales = activations_as_int8(x, variant.bits)
         x = values.double() * scales.double()
     rounded_weight = 2.0**-9 if variant.kind == "gemm" and variant.dots_bf16 and variant.group else 0.0
     magnitude, exact = x.double().abs() @ exact.abs().T, x.double() @ exact.T + (0 if bias is None else bias.double())
@@ -344,7 +345,7 @@ def _tried_panels(variant: Variant, address: int) -> tuple[Tensor, Tensor, Tenso
     x = noise(PANEL + 3, 3 * CHUNK, dtype=dtype_of(variant.x))
     x[1, :CHUNK], x[2] = 0, x[2] * 100
     rows = torch.arange(2 * PANEL, device="cpu").clamp(max=len(x) - 1)
-    values, scales = (part[rows].view(2, PANEL, -1, CHUNK) for part in quantize_activations(x, variant.bits))
+    values, scales = (part[rows].view(2, PANEL, -1, CHUNK) for part in activations_as_int8(x, variant.bits))
     order = torch.tensor(int8_columns(variant.bits), device="cpu")
     values, scales = values[..., order].flatten(2, 3), scales[..., order].flatten(2, 3)[..., 0]  # [2, 16, blocks, 32]
     fours = values.unflatten(-1, (-1, 4)).permute(0, 2, 3, 1, 4).flatten(2).to(torch.int8)
@@ -389,7 +390,7 @@ def _example(variant: Variant, rows: int, columns: int) -> tuple[Tensor, Tensor 
         return weight, None, weight.double()
     bytes_per_row = columns * variant.bits // 8
     weight = torch.arange(rows * bytes_per_row, device="cpu").mul(167).to(torch.int8).view(rows, bytes_per_row)
-    values = weight if variant.bits == 8 else torch.stack((weight >> 4, (weight << 4) >> 4), -1).flatten(1)
+    values = weight if variant.bits == 8 else unpack_int4(weight)
     groups = columns // variant.group if variant.group else 1
     scale = (
         torch.linspace(0.5, 1.5, rows * groups, dtype=torch.float32, device="cpu")

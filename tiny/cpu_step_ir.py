@@ -76,11 +76,12 @@ def own_heads(emit: Emitter, args: Arguments):
 
 
 def attend(emit: Emitter, variant: Variant, args: Arguments, head: str, query: list[str], scores: str) -> None:
-    total = softmax(emit, args, score_keys(emit, variant, args, head, query, scores))
+    score_keys(emit, variant, args, head, query, scores)
+    total = softmax(emit, args, scores)
     mix_values(emit, variant, args, head, scores, total)
 
 
-def score_keys(emit: Emitter, variant: Variant, args: Arguments, head: str, query: list[str], scores: str) -> str:
+def score_keys(emit: Emitter, variant: Variant, args: Arguments, head: str, query: list[str], scores: str) -> None:
     """scores[t] = query . key[t] / sqrt(head size), plus the mask of its sequence if there is one."""
     size, keys = variant.head_size, head_start(emit, args, "key", head)
     factor = float_constant(size**-0.5)
@@ -95,7 +96,6 @@ def score_keys(emit: Emitter, variant: Variant, args: Arguments, head: str, quer
         if variant.masked:
             score = emit.op("fadd", score, emit.load("float", emit.at("float", mask, token.index)), "float")
         emit.store("float", score, emit.at("float", scores, token.index))
-    return scores
 
 
 def softmax(emit: Emitter, args: Arguments, scores: str) -> str:
@@ -124,7 +124,7 @@ def mix_values(emit: Emitter, variant: Variant, args: Arguments, head: str, weig
         prefetch(emit, emit.at("i8", value, PREFETCH_BYTES), size * TYPE_BYTES[variant.x])
         weight = splat(emit, emit.load("float", emit.at("float", weights, token.index)))
         vectors = head_vectors(emit, in_float32, value)
-        token.update = [emit.fma(vector, weight, total) for vector, total in zip(vectors, token.values)]
+        token.update = [emit.fma(vector, weight, old) for vector, old in zip(vectors, token.values)]
     y = emit.at(variant.x, args.y, emit.op("mul", head, size))
     for v, vector in enumerate(token.update):
         mean = emit.op("fdiv", vector, splat(emit, total), F32X16)

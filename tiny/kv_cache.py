@@ -163,6 +163,15 @@ def grows_in_place(cache) -> bool:
     return isinstance(cache, DynamicCache) and all(type(layer) is GrowingLayer for layer in cache.layers)
 
 
+def cached_states(cache, layer_idx: int) -> tuple[Tensor, ...]:
+    """Keys and values of a layer, or nothing where it has none."""
+    if DynamicLayer is None:
+        layers = [(cache.key_cache[i], cache.value_cache[i]) for i in [layer_idx] if i < len(cache.key_cache)]
+    else:
+        layers = [(layer.keys, layer.values) for layer in cache.layers[layer_idx : layer_idx + 1]]
+    return tuple(states for layer in layers for states in layer if states is not None)
+
+
 def reserve(cache, layer_idx: int, new: Tensor) -> tuple[Tensor, Tensor]:
     """All keys and values of a layer, [B, H, K, D] each, with room at the end for `new` [B, H, s, D], which counts as
     cached from now on and is written by the caller."""

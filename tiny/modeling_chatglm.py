@@ -41,6 +41,7 @@ from .cpu_product_ir import PRODUCTS  # noqa: F401
 from .cpu_runtime import instruction_set  # noqa: F401
 from .cpu_step_ir import STEPS  # noqa: F401
 from .cuda_kernels import linear as cuda_linear  # noqa: F401
+from .int4 import pack_int4  # noqa: F401
 from .kv_cache import Past, as_cache, cached_length, fixed_length, is_tracing
 from .quantization import (
     Linear,
@@ -359,7 +360,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
             if not any(name.endswith((".safetensors", ".bin", ".index.json")) for name in os.listdir(folder)):
                 raise OSError(f"{path}: {GET_WEIGHTS}")
         if not kwargs.get("state_dict"):
-            refuse_other_bits(path, kwargs)
+            refuse_other_format(path, kwargs)
         return super().from_pretrained(path, *args, **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
@@ -398,19 +399,27 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
                 module.gradient_checkpointing = enable
 
 
-def refuse_other_bits(path, arguments: dict[str, Any]) -> None:
-    """A checkpoint's weights have the bits of its own config.json, whatever the arguments of from_pretrained ask."""
-    config = arguments.get("config")
-    asked = arguments.get("quantization_bit") if config is None else getattr(config, "quantization_bit", None)
-    if asked is None:
+def refuse_other_format(path, arguments: dict[str, Any]) -> None:
+    """A checkpoint's weights are quantized as its own config.json says, whatever from_pretrained is asked for."""
+    config, names = arguments.get("config"), ("quantization_bit", "quantization_group_size", "quantize_head")
+    if config is None and not any(name in arguments for name in names):
         return
-    of_hub = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token", "use_auth_token")
-    stored, _ = ChatGLMConfig.get_config_dict(path, **{name: arguments[name] for name in of_hub if name in arguments})
-    bits = stored.get("quantization_bit") or 0
-    if bits != asked:
-        held = f"INT{bits} weights" if bits else "weights that are not quantized"
-        cure = f", and call model.quantize({asked})" if asked and not bits else ""
-        raise ValueError(f"{path} holds {held}: load it without quantization_bit = {asked}{cure}")
+    of_hub = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+    where = {name: arguments[name] for name in (*of_hub, "use_auth_token") if name in arguments}
+    stored, _ = ChatGLMConfig.get_config_dict(path, _commit_hash=getattr(config, "_commit_hash", None), **where)
+    if "model_type" not in stored:  # no config.json: nothing is known
+        return
+    present = [stored.get(name) or 0 for name in names]
+    if config is None:
+        asked = [arguments.get(name, own) for name, own in zip(names, present)]
+    else:
+        asked = [getattr(config, name, 0) for name in names]
+    for formats in (present, asked):
+        formats[2] = 8 if formats[2] is True else int(formats[2])  # one name for the same head
+    if present != asked:
+        held, wanted = (", ".join(f"{n}={v}" for n, v in zip(names, values)) for values in (present, asked))
+        cure = "load it as it is" if present[0] else "load it without these and call model.quantize(...)"
+        raise ValueError(f"{path} holds weights with {held}, and was to be loaded with {wanted}: {cure}")
 
 
 @functools.cache
@@ -522,7 +531,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         eager = getattr(self.config, "_attn_implementation", None) == "eager"
         if hidden.device.type != "cpu" or eager or is_tracing() or not seen:
             return None
-        return decode_step(self.layers, self.final_layernorm, hidden, rotary, cache)
+        kinds = (GLMBlock, SelfAttention, MLP)
+        return decode_step(self.layers, self.final_layernorm, hidden, rotary, cache, kinds)
 
     def _start(self, cache, hidden: Tensor):
         """Number of tokens already cached (without the prefix), and the prefix where no cache holds it."""
