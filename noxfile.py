@@ -25,14 +25,7 @@ import nox
 RUNGS = ["4.23.1", "4.26.1", "4.36.2", "4.41.2", "4.49.0", "4.57.6", "5.0.0", "5.23.0"]
 # test_compat.py holds a row of the table for each feature; the others are the ordinary tests of the package's files.
 FEATURES = "test_compat"
-SUITES = [
-    "test_configuration",
-    "test_tokenization",
-    "test_modeling",
-    "test_chat",
-    "test_quantization",
-    "test_cpu_decode",
-]
+SUITES = ["configuration", "tokenization", "modeling", "chat", "quantization", "cpu_decode", "cpu_int4pack"]
 AT_ONCE = 2
 REPORTS = Path(".nox") / "reports"
 MARKS = {"passed": "✓", "failed": "✗", "skipped": "–"}

@@ -25,7 +25,9 @@ except ImportError:
 
         def reorder_cache(self, beam_idx: Tensor) -> None:
             for states in (self.key_cache, self.value_cache):
-                states[:] = [state.index_select(0, beam_idx.to(state.device)) for state in states]
+                states[:] = [
+                    state if state is None else state.index_select(0, beam_idx.to(state.device)) for state in states
+                ]
 
 
 try:  # 4.54
@@ -89,7 +91,7 @@ if DynamicLayer is None:
         def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs=None):
             if layer_idx == 0 and hasattr(self, "_seen_tokens"):  # 4.36-4.53: kept by the base class's own update
                 self._seen_tokens += key_states.shape[-2]
-            if layer_idx == len(self.key_cache):
+            while layer_idx >= len(self.key_cache):  # a pruned model leaves layers out
                 self._states.append((GrowingStates(), GrowingStates()))
                 self.key_cache.append(None)
                 self.value_cache.append(None)

@@ -406,8 +406,11 @@ def refuse_other_format(path, arguments: dict[str, Any]) -> None:
         return
     of_hub = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
     where = {name: arguments[name] for name in (*of_hub, "use_auth_token") if name in arguments}
-    stored, _ = ChatGLMConfig.get_config_dict(path, _commit_hash=getattr(config, "_commit_hash", None), **where)
-    if "model_type" not in stored:  # no config.json: nothing is known
+    try:
+        stored, _ = ChatGLMConfig.get_config_dict(path, _commit_hash=getattr(config, "_commit_hash", None), **where)
+    except OSError:  # no config.json
+        stored = {}
+    if "model_type" not in stored:  # nothing is known
         return
     present = [stored.get(name) or 0 for name in names]
     if config is None:
