@@ -64,9 +64,12 @@ def candidates(kernels, quantization) -> dict:
 
         return run
 
-    def ours(bits, group=0):
-        stored = "int8" if bits == 8 else "int4"
-        return lambda x, m: kernels.linear(x, getattr(m, stored), m.groups[group] if group else m.scale, bits)
+    def ours(bits, group=0, int8_activations=False):
+        def run(x, m):
+            weight, scale = (m.int8 if bits == 8 else m.int4), (m.groups[group] if group else m.scale)
+            return kernels.linear(x, weight, scale, bits, None, int8_activations)
+
+        return run
 
     return {
         "bfloat16, ours": (bf16, 2, lambda x, m: kernels.linear(x, m.dense(bf16), None, 16), 64),
@@ -75,10 +78,12 @@ def candidates(kernels, quantization) -> dict:
         "float16, F.linear": (fp16, 2, lambda x, m: F.linear(x, m.dense(fp16)), 128),
         "int8, ours": (bf16, 1, ours(8), 4096),
         "int8, ours, float32 x": (fp32, 1, ours(8), 4096),
+        "int8, ours, int8 activations": (bf16, 1, ours(8, 0, True), 4096),
         "int8, _weight_int8pack_mm": (bf16, 1, lambda x, m: torch._weight_int8pack_mm(x, m.int8, m.scale), 128),
         "int8, dequantize + matmul": (bf16, 1, eager(8), 4096),
         "int4, ours": (bf16, 0.5, ours(4), 4096),
         "int4, ours, float32 x": (fp32, 0.5, ours(4), 4096),
+        "int4, ours, int8 activations": (bf16, 0.5, ours(4, 0, True), 4096),
         "int4 groups of 128, ours": (bf16, 0.5, ours(4, 128), 4096),
         "int4 groups of 32, ours": (bf16, 0.5, ours(4, 32), 4096),
         "int4 groups of 32, int4pack_mm": (

@@ -1,16 +1,19 @@
 """What Python and the tokenizer cost: the time of everything but the arithmetic.
 
-    python benchmarks/overhead.py
+    python benchmarks/overhead.py [--kind int4-head]
 
-Decode step: 28 layers of width 64 have next to no arithmetic, so their time is Python's and PyTorch's own. Yardsticks
-of the same depth and width are transformers' GPT-NeoX and LLaMA, measured in turn on one thread, as processor time
-(which other programs do not change). Tokenizer: encode and decode against SentencePiece itself on the same text, and
-a batch over the cores; with the real vocabulary from $ICE_TEXT_MODEL where it is set, else the stand-in.
+Decode step: 28 layers of width 128 have next to no arithmetic, so their time is Python's and PyTorch's own; once as
+one program of CPU kernels, once layer by layer, as on other devices. Yardsticks of the same depth and width are
+transformers' GPT-NeoX and LLaMA, measured in turn on one thread, as processor time (which other programs do not
+change). `--kind int4-head` adds what the program brings at full size. Tokenizer: encode and decode against
+SentencePiece itself on the same text, and a batch over the cores; with the real vocabulary from $ICE_TEXT_MODEL where
+it is set, else the stand-in.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import sys
@@ -21,12 +24,15 @@ from statistics import median
 
 import machine
 import torch
-from make_model import ROOT, copy_code, package_module
+from make_model import KINDS, ROOT, copy_code, make_folders, package_module
 from speed_report import table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
+from worker import Worker
 
-WIDTH, LAYERS, HEADS, ROWS = 64, 28, 4, 1444
+WIDTH, LAYERS, HEADS, ROWS = 128, 28, 4, 1444
+CONTEXTS = (128, 1024, 2000)
+PROGRAM, PLAIN = "as one program", "layer by layer"
 TEXT = (
     "ChatGLM-6B 是一个开源的、支持中英双语的对话语言模型，基于 General Language Model (GLM) 架构，具有 62 亿参数。\n"
     "    The weights are read once for each token, so fewer bits make the answer faster.\n"
@@ -35,7 +41,7 @@ TEXT = (
 
 
 def tiny_models() -> dict[str, torch.nn.Module]:
-    """Ours and the yardsticks, 28 layers of width 64, float32."""
+    """Ours and the yardsticks, 28 layers of width 128, bfloat16."""
     ours = package_module("configuration_chatglm").ChatGLMConfig(
         hidden_size=WIDTH, num_layers=LAYERS, num_attention_heads=HEADS, inner_hidden_size=4 * WIDTH,
         vocab_size=ROWS, bos_token_id=1104, eos_token_id=1105, pad_token_id=3,
@@ -46,8 +52,21 @@ def tiny_models() -> dict[str, torch.nn.Module]:
     for kind in ("gpt_neox", "llama"):
         models[kind] = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **common))
     for model in models.values():
-        model.eval().generation_config.eos_token_id = None
-    return models
+        model.eval().bfloat16().generation_config.eos_token_id = None
+    ours = models.pop("ours")
+    return {f"ours, {PROGRAM}": ours, f"ours, {PLAIN}": ours, **models}
+
+
+@contextlib.contextmanager
+def layer_by_layer(model: torch.nn.Module, wanted: bool = True):
+    """Without the program of CPU kernels."""
+    code = sys.modules[type(model).__module__]
+    real = getattr(code, "decode_step", None)
+    if wanted:
+        code.decode_step = lambda *arguments: None
+    yield
+    if wanted:
+        code.decode_step = real
 
 
 def step_times(model: torch.nn.Module, tokens: int) -> tuple[float, float]:
@@ -75,7 +94,8 @@ def decode_table(runs: int) -> str:
     times: dict[str, list] = {name: [] for name in models}
     for run in range(runs + 1):
         for name, model in models.items():
-            measured = step_times(model, 20)
+            with layer_by_layer(model, name.endswith(PLAIN)):
+                measured = step_times(model, 20)
             if run:  # the first one warms up
                 times[name].append(measured)
     torch.set_num_threads(threads)
@@ -83,7 +103,24 @@ def decode_table(runs: int) -> str:
     for name, values in times.items():
         whole, forward = (median(column) for column in zip(*values))
         rows.append([name, f"{1e3 * whole:.2f}", f"{1e3 * forward:.2f}", f"{1e6 * forward / LAYERS:.0f}"])
-    return table(["28 layers of width 64", "ms a step of generate", "ms a forward pass", "µs a layer"], rows)
+    return table(["28 layers of width 128", "ms a step of generate", "ms a forward pass", "µs a layer"], rows)
+
+
+def program_table(kind: str, runs: int) -> str:
+    """Of the full-size model, wall-clock time."""
+    folder = make_folders(LAYERS, [kind])[kind]
+    worker = Worker(
+        argparse.Namespace(folder=str(folder), layers=None, dtype=None, compile=False, int8_activations=False)
+    )
+    times: dict[tuple, list] = {}
+    for _ in range(runs):
+        for how in (PROGRAM, PLAIN):
+            with layer_by_layer(worker.model, how == PLAIN):
+                for context in CONTEXTS:
+                    seconds = worker.decode(context, 6)["seconds"]
+                    times.setdefault((how, context), []).append(median(seconds))
+    rows = [[how, *(f"{1e3 * median(times[how, context]):.1f}" for context in CONTEXTS)] for how in (PROGRAM, PLAIN)]
+    return table([f"{kind}, ms a token", *(f"at {context}" for context in CONTEXTS)], rows)
 
 
 def tokenizer_table(runs: int) -> str:
@@ -125,11 +162,14 @@ def seconds_of(work) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--kind", choices=KINDS, help="the full-size model too")
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     print(f"{machine.processor()}, {machine.cores()} cores; load average {machine.load_average():.1f}\n")
     print(decode_table(options.runs), flush=True)
+    if options.kind:
+        print(f"\n{program_table(options.kind, options.runs)}", flush=True)
     print()
     print(tokenizer_table(options.runs))
 

@@ -101,14 +101,16 @@ class Bench:
 
     def run_group(self, group: str, layers: int, cells: dict[str, tuple[str, dict]], runs: int) -> None:
         """All models of a group at once, or where memory does not permit that one after the other, in each round."""
-        models = self.models(group, prefill=any("prefill" in cell for cell in cells))
+        prefill = any("prefill" in cell for cell in cells)
+        models = self.models(group, prefill)
         files = {file.stat().st_ino: file for model in models for file in files_of(self.stored(model, layers))}
         together = sum(file.stat().st_size for file in files.values()) < 0.7 * machine.memory_total()
         with ExitStack() as stack:
             workers = {m: stack.enter_context(self.start(m, layers)) for m in models} if together else {}
             for _ in range(runs):
                 for model in models:
-                    self.measure_bandwidth(group)
+                    if not prefill:  # decoding is what it bounds, and it drifts
+                        self.measure_bandwidth(group)
                     if together:
                         self.run_cells(group, layers, model, workers[model], cells)
                         continue

@@ -97,8 +97,9 @@ class Dictation(LogitsProcessor):
 
 def prompt_lookup_table(worker: Worker, folder: Path, runs: int) -> str:
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    prompt = tokenizer(ARTICLE, return_tensors="pt").input_ids
-    answer = tokenizer(SUMMARY, add_special_tokens=False).input_ids
+    config = worker.model.config  # whose control tokens lie elsewhere than the stand-in vocabulary's
+    prompt = torch.tensor([[*tokenizer.encode_text(ARTICLE), config.gmask_token_id, config.bos_token_id]])
+    answer = tokenizer.encode_text(SUMMARY)
     times: dict[int, list[float]] = {0: [], 5: [], 10: []}
     for _ in range(runs):
         for guesses, values in times.items():
@@ -148,6 +149,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--threads", type=int, default=machine.cores())
+    parser.add_argument("--only-lookup", action="store_true", help="no batches")
     parser.add_argument("--compile", action="store_true", help="measure torch.compile instead")
     parser.add_argument("--data", type=Path, default=DATA)
     options = parser.parse_args()
@@ -165,8 +167,8 @@ def main() -> None:
     worker = Worker(
         argparse.Namespace(folder=str(folder), layers=None, dtype=None, compile=False, int8_activations=False)
     )
-    print(batch_table(worker, options.runs, options.steps), flush=True)
-    print()
+    if not options.only_lookup:
+        print(batch_table(worker, options.runs, options.steps), end="\n\n", flush=True)
     print(prompt_lookup_table(worker, folder, options.runs))
 
 
