@@ -171,7 +171,7 @@ def plot(figures: Figures, file: Path) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(10, 5), layout="constrained")
     colours = dict(zip(figures.figures["groups"], pyplot.rcParams["axes.prop_cycle"].by_key()["color"]))
     drawn: dict[str, int] = {}
     for group, name in figures.models("decode"):
@@ -187,7 +187,7 @@ def plot(figures: Figures, file: Path) -> bool:
         f"{figures.figures['machine']['threads']} threads"
     )
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.savefig(file, dpi=120)
     return True
 

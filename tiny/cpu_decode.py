@@ -229,7 +229,8 @@ class Program:
 
 def network_state(blocks: nn.ModuleList, final_norm: nn.Module, kinds: tuple[type, type, type]) -> list | None:
     """All that a program depends on, as values: the numbers of the modules, and where and in what form their tensors
-    lie. None where calling the modules would do anything else than what their classes say."""
+    lie. Asked for at each step, so it takes no detours. None where calling the modules would do anything else than what
+    their classes say."""
     if any(getattr(modules_of_torch, name, None) for name in GLOBAL_HOOKS):
         return None
     state: list = []
@@ -247,11 +248,12 @@ def network_state(blocks: nn.ModuleList, final_norm: nn.Module, kinds: tuple[typ
     for leaf in leaves:
         if type(leaf) not in LEAVES or is_altered(leaf):
             return None
-        state += (type(leaf), getattr(leaf, "eps", None) or getattr(leaf, "bits", 16))
+        own = leaf.__dict__
+        state += (type(leaf), own.get("eps"), own.get("bits"))
         for tensor in leaf._parameters.values():
-            if tensor is None or not is_plain(tensor):
+            if type(tensor) is not nn.Parameter or not tensor.is_cpu:
                 return None
-            state += (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            state += (tensor.data_ptr(), tensor.dtype, tensor.numel(), tensor.stride())
     return state
 
 
