@@ -229,8 +229,11 @@ class Program:
 
 def network_state(blocks: nn.ModuleList, final_norm: nn.Module, kinds: tuple[type, type, type]) -> list | None:
     """All that a program depends on, as values: the numbers of the modules, and where and in what form their tensors
-    lie. Asked for at each step, so it takes no detours. None where calling the modules would do anything else than what
-    their classes say."""
+    lie. Asked for at each step, so it takes no detours.
+
+    Returns:
+        None where calling the modules would do anything else than what their classes say.
+    """
     if any(getattr(modules_of_torch, name, None) for name in GLOBAL_HOOKS):
         return None
     state: list = []
