@@ -161,8 +161,8 @@ def size_of(stored: Path) -> int:
     return sum(file.stat().st_size for file in files_of(stored))
 
 
-def decode_cells(steps: int) -> dict[str, tuple[str, dict]]:
-    return {f"decode {c}": ("decode", {"context": c, "steps": steps}) for c in CONTEXTS}
+def decode_cells(contexts: tuple[int, ...], steps: int) -> dict[str, tuple[str, dict]]:
+    return {f"decode {c}": ("decode", {"context": c, "steps": steps}) for c in contexts}
 
 
 def prefill_cells(prompts: tuple[int, ...]) -> dict[str, tuple[str, dict]]:
@@ -180,7 +180,7 @@ def measure(options: argparse.Namespace) -> Bench:
         print(f"{group}: decode", file=sys.stderr)
         few = options.prefill_layers
         for layers in [options.layers] if options.layers >= LAYERS else [options.layers, 1]:
-            bench.run_group(group, layers, decode_cells(options.steps), options.runs)
+            bench.run_group(group, layers, decode_cells(options.contexts, options.steps), options.runs)
         print(f"{group}: prefill", file=sys.stderr)
         for layers in (few, 1):
             bench.run_group(group, layers, prefill_cells(options.prompts), options.runs)
@@ -230,6 +230,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=LAYERS, help="of the decode runs; fewer than 28 are scaled")
     parser.add_argument("--prefill-layers", type=int, default=4)
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=["16-bit", "int8", "int4"])
+    parser.add_argument(
+        "--contexts", nargs="+", type=int, default=CONTEXTS, help="tokens that decode runs stand behind"
+    )
     parser.add_argument("--prompts", nargs="+", type=int, default=PROMPTS, help="prefill lengths")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=6, help="tokens of one decode run")

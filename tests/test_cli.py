@@ -65,15 +65,16 @@ class Terminal:
             return bool(piece)
         return True
 
-    def wait_for(self, text: str, after: int = 0, timeout: float = 60) -> int:
-        """Wait until `text` is on the screen after position `after`; returns the position behind it."""
+    def wait_for(self, text: str, after: int = 0, timeout: float = 300) -> int:
+        """Wait until `text` is on the screen after position `after`; returns the position behind it. The first import of
+        torch from a cold disk may take minutes."""
         deadline = time.monotonic() + timeout
         while text not in self.seen[after:]:
             assert time.monotonic() < deadline, f"no {text!r} in {self.seen[after:]!r}"
             assert self.read(0.2) or text in self.seen[after:], f"ended without {text!r}: {self.seen[after:]!r}"
         return self.seen.index(text, after) + len(text)
 
-    def exit_code(self, timeout: float = 30) -> int:
+    def exit_code(self, timeout: float = 120) -> int:
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
