@@ -66,8 +66,9 @@ class Terminal:
         return True
 
     def wait_for(self, text: str, after: int = 0, timeout: float = 300) -> int:
-        """Wait until `text` is on the screen after position `after`; returns the position behind it. The first import of
-        torch from a cold disk may take minutes."""
+        """Wait until `text` is on the screen after position `after`; returns the position behind it.
+
+        The first import of torch from a cold disk may take minutes."""
         deadline = time.monotonic() + timeout
         while text not in self.seen[after:]:
             assert time.monotonic() < deadline, f"no {text!r} in {self.seen[after:]!r}"
