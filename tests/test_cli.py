@@ -45,6 +45,7 @@ class Terminal:
 
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell ignores for its background jobs
             os.environ.update(TERM="xterm-256color", LANG="C.UTF-8", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
             os.execv(argv[0], argv)
         self.seen = ""
@@ -65,17 +66,15 @@ class Terminal:
             return bool(piece)
         return True
 
-    def wait_for(self, text: str, after: int = 0, timeout: float = 300) -> int:
-        """Wait until `text` is on the screen after position `after`; returns the position behind it.
-
-        The first import of torch from a cold disk may take minutes."""
+    def wait_for(self, text: str, after: int = 0, timeout: float = 60) -> int:
+        """Wait until `text` is on the screen after position `after`; returns the position behind it."""
         deadline = time.monotonic() + timeout
         while text not in self.seen[after:]:
             assert time.monotonic() < deadline, f"no {text!r} in {self.seen[after:]!r}"
             assert self.read(0.2) or text in self.seen[after:], f"ended without {text!r}: {self.seen[after:]!r}"
         return self.seen.index(text, after) + len(text)
 
-    def exit_code(self, timeout: float = 120) -> int:
+    def exit_code(self, timeout: float = 30) -> int:
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
