@@ -32,8 +32,10 @@ NUM_IMAGE_TOKENS = 20000  # rows of the full vocabulary that stand before the te
 NEWLINE, TAB = "<n>", "<|tab|>"
 MAX_BLANKS = 80  # the longest run of blanks that is one piece
 BLANKS = {" " * k: f"<|blank_{k}|>" for k in range(2, MAX_BLANKS + 1)}
-BLANK_RUN = re.compile(f"(  {{1,{MAX_BLANKS - 1}}})")  # found three times as fast as " {2,80}"
 WHITESPACE = {NEWLINE: "\n", TAB: "\t", **{piece: run for run, piece in BLANKS.items()}}
+# in UTF-8, which is what SentencePiece takes and what is searched faster than Python's strings
+SPELLED_BLANKS = {run.encode(): piece.encode() for run, piece in BLANKS.items()}
+BLANK_RUN = re.compile(b"(  {1,%d})" % (MAX_BLANKS - 1))  # found three times as fast as " {2,80}"
 IMAGE_PIECE = re.compile(r"<image_(\d+)>")
 THREADED_BATCH = 64  # texts from which on SentencePiece's threads gain more than they cost
 # options of an encoding that are left to transformers: how text is cut, and what else is told of each row
@@ -45,7 +47,6 @@ ROW_OPTIONS = (
     "return_special_tokens_mask",
     "return_token_type_ids",
 )
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 # What the file of the first release lacks, in order, with SentencePiece's type numbers.
 CONTROL, USER_DEFINED, BYTE = 3, 4, 6
@@ -196,14 +197,14 @@ def _load_sentencepiece(vocab_file: str | None, folder: str) -> tuple[spm.Senten
 # --------------------------------------------------------------------------------------------------------------
 # White space
 # --------------------------------------------------------------------------------------------------------------
-def _spell_whitespace(text: str) -> str:
+def _spell_whitespace(text: bytes) -> bytes:
     """Newlines, tabs and runs of 2 to 80 blanks as the pieces that stand for them; a single blank stays."""
-    text = text.replace("\n", NEWLINE).replace("\t", TAB)
-    if "  " not in text:
+    text = text.replace(b"\n", NEWLINE.encode()).replace(b"\t", TAB.encode())
+    if b"  " not in text:
         return text
     parts = BLANK_RUN.split(text)  # every second part is a run of blanks
-    parts[1::2] = [BLANKS[run] for run in parts[1::2]]
-    return "".join(parts)
+    parts[1::2] = [SPELLED_BLANKS[run] for run in parts[1::2]]
+    return b"".join(parts)
 
 
 def _clean_up(text: str) -> str:
@@ -405,30 +406,26 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return self.sp.id_to_piece(piece) if 0 <= piece < self.sp.get_piece_size() else ""
 
     # ---- text to ids -----------------------------------------------------------------------------------------
-    def _spell(self, text: str) -> str:
-        """Text as SentencePiece gets it."""
+    def _spell(self, text: str) -> bytes:
+        """Text as SentencePiece gets it, in UTF-8.
+
+        Raises:
+            ValueError: a lone surrogate.
+        """
         if self.remove_space:
             text = " ".join(text.split())
         if self.do_lower_case:
             text = text.lower()
-        return _spell_whitespace(text)
-
-    def _sp_encode(self, text: str | list[str], out_type: type) -> list:
-        """Pieces or piece numbers of spelled text; of a list of texts on all cores."""
         try:
-            return self.sp.encode(text, out_type=out_type)
-        except (RuntimeError, TypeError, UnicodeError) as error:  # it differs with the version of SentencePiece
-            for one in [text] if isinstance(text, str) else text:
-                lone = LONE_SURROGATE.search(one)
-                if lone:
-                    raise ValueError(
-                        f"The text holds a lone surrogate, {lone[0]!r}, which is no character: read it with "
-                        "errors='replace', or text.encode('utf-16', 'surrogatepass').decode('utf-16')."
-                    ) from error
-            raise
+            return _spell_whitespace(text.encode())
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"The text holds a lone surrogate, {text[error.start]!r}, which is no character: read it with "
+                "errors='replace', or text.encode('utf-16', 'surrogatepass').decode('utf-16')."
+            ) from error
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
-        return self._sp_encode(self._spell(text), str)
+        return self.sp.encode(self._spell(text).decode(), out_type=str)
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of text in which nothing is a control token: `<eop>` or `[MASK]` in it is spelled out.
@@ -438,7 +435,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         Raises:
             ValueError: not a str, or a lone surrogate in it.
         """
-        return self._ids_of(self._sp_encode(self._spell(_text(text, "The text to encode")), int))
+        return self._ids_of(self.sp.encode(self._spell(_text(text, "The text to encode"))))
 
     def _parse_texts(self, texts: list[str], options: dict[str, Any]) -> list[list[int]]:
         """Ids of texts; special tokens and the user's tokens are parsed unless options["split_special_tokens"].
@@ -450,14 +447,33 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         tokens = set() if split else {*self.all_special_tokens, *self.get_added_vocab()}
         if tokens and self.do_lower_case:
             tokens = {""}  # in every text: transformers knows in what case it holds each token
-        parsed = {i for i, text in enumerate(texts) if any(token in text for token in tokens)}
+        beginnings = {token[:1] for token in tokens}  # single characters are found twenty times as fast
+        parsed = {
+            i
+            for i, text in enumerate(texts)
+            if any(start in text for start in beginnings) and any(token in text for token in tokens)
+        }
         plain = [self._spell(text) for i, text in enumerate(texts) if i not in parsed]
         threads = len(plain) >= THREADED_BATCH
-        rows = iter(self._sp_encode(plain, int) if threads else [self._sp_encode(text, int) for text in plain])
+        rows = iter(self.sp.encode(plain) if threads else [self.sp.encode(text) for text in plain])
         return [
             self.convert_tokens_to_ids(self.tokenize(text)) if i in parsed else self._ids_of(next(rows))
             for i, text in enumerate(texts)
         ]
+
+    def __call__(self, text: Any = None, *args: Any, **options: Any) -> BatchEncoding:
+        """As in transformers, which on its way with a text alone takes a third of SentencePiece's time: a shorter one.
+
+        Overridden (4.23 to 5.23) for speed.
+        """
+        plain = isinstance(text, str) and not args and options.keys() <= {"return_tensors"}
+        if not plain or self.model_input_names != ChatGLMTokenizer.model_input_names:
+            return super().__call__(text, *args, **options)
+        (ids,) = self._parse_texts([text], {})
+        ids = self.build_inputs_with_special_tokens(ids)
+        self._eventual_warn_about_too_long_sequence(ids, None, True)
+        encoded, form = {"input_ids": ids, "attention_mask": [1] * len(ids)}, options.get("return_tensors")
+        return BatchEncoding(encoded, tensor_type=form, prepend_batch_axis=form is not None)
 
     def _encode_plus(self, text: Any, text_pair: Any = None, **options: Any) -> BatchEncoding:
         """transformers' one door for a text and, from 5.0 on, for a batch; overridden for speed (4.23 to 5.23)."""

@@ -227,7 +227,7 @@ def example(tokenizer, query: str, history: list[tuple[str, str]], answer: str, 
     """
     context = tokenizer.build_chat_input_ids(query, history)[:-1]
     if sampled:
-        text = _spell_whitespace(tokenizer.build_prompt(query, history))
+        text = _spell_whitespace(tokenizer.build_prompt(query, history).encode())
         pieces = tokenizer.sp.encode(text, enable_sampling=True, alpha=0.3, nbest_size=-1)
         context = [*pieces, tokenizer.gmask_token_id]
     target = [tokenizer.bos_token_id, *tokenizer.encode_text(answer), tokenizer.eos_token_id]

@@ -224,6 +224,27 @@ TYPED = TYPED.map("".join)
 quick = settings(max_examples=60, deadline=None)
 
 
+@quick
+@given(text=st.one_of(TYPED, st.sampled_from(["", "a [MASK] b", " <eop> ", "  <sop>\n", "a" * 3000])))
+@pytest.mark.parametrize("tensors", [None, "pt"])
+def test_a_text_alone_is_encoded_as_with_every_option_spelled_out(tiny, tensors, text):
+    short, long = tiny(text, return_tensors=tensors), tiny(text, padding=False, return_tensors=tensors)
+    assert {name: list(rows) if tensors is None else rows.tolist() for name, rows in short.items()} == {
+        name: list(rows) if tensors is None else rows.tolist() for name, rows in long.items()
+    }
+    assert list(short) == list(long)
+
+
+def test_a_text_alone_heeds_the_limit_and_the_inputs_that_the_user_has_set(load, tiny_sp_model):
+    tokenizer = load(tiny_sp_model, model_max_length=8, model_input_names=["input_ids"])
+    assert list(tokenizer("a b c d e f g h i j k")) == ["input_ids"]
+    tokenizer = load(tiny_sp_model, model_max_length=8)
+    tokenizer("a")
+    assert not tokenizer.deprecation_warnings
+    tokenizer("a b c d e f g h i j k")
+    assert "sequence-length-is-longer-than-the-specified-maximum" in tokenizer.deprecation_warnings
+
+
 def control_ids(tokenizer):
     return {tokenizer.convert_tokens_to_ids(token) for token in CONTROL}
 
