@@ -25,7 +25,16 @@ import nox
 RUNGS = ["4.23.1", "4.26.1", "4.36.2", "4.41.2", "4.49.0", "4.57.6", "5.0.0", "5.23.0"]
 # test_compat.py holds a row of the table for each feature; the others are the ordinary tests of the package's files.
 FEATURES = "test_compat"
-SUITES = ["configuration", "tokenization", "modeling", "chat", "quantization", "cpu_decode", "cpu_int4pack"]
+SUITES = [
+    "configuration",
+    "tokenization",
+    "modeling",
+    "chat",
+    "quantization",
+    "cpu_attention",
+    "cpu_decode",
+    "cpu_int4pack",
+]
 AT_ONCE = 2
 REPORTS = Path(".nox") / "reports"
 MARKS = {"passed": "✓", "failed": "✗", "skipped": "–"}

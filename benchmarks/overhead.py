@@ -28,7 +28,7 @@ from make_model import KINDS, ROOT, copy_code, make_folders, package_module
 from speed_report import table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
-from worker import Worker
+from worker import Worker, options_of
 
 WIDTH, LAYERS, HEADS, ROWS = 128, 28, 4, 1444
 CONTEXTS = (128, 1024, 2000)
@@ -109,9 +109,7 @@ def decode_table(runs: int) -> str:
 def program_table(kind: str, runs: int) -> str:
     """Of the full-size model, wall-clock time."""
     folder = make_folders(LAYERS, [kind])[kind]
-    worker = Worker(
-        argparse.Namespace(folder=str(folder), layers=None, dtype=None, compile=False, int8_activations=False)
-    )
+    worker = Worker(options_of([str(folder)]))
     times: dict[tuple, list] = {}
     for _ in range(runs):
         for how in (PROGRAM, PLAIN):

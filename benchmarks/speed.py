@@ -43,6 +43,7 @@ class Model(NamedTuple):
     peer: bool = False
     dtype: str = "bfloat16"
     int8_activations: bool = False  # which change prefill only
+    huge_pages: bool = False  # which change decoding only
 
 
 GROUPS = {  # what is measured in turn
@@ -51,6 +52,7 @@ GROUPS = {  # what is measured in turn
     "int8": [
         Model("ours int8", "int8"),
         Model("ours int8, int8 head", "int8-head"),
+        Model("ours int8, int8 head, huge pages", "int8-head", huge_pages=True),
         Model("ours int8, int8 activations", "int8-head", int8_activations=True),
         Model("chatglm.cpp q8_0", "q8_0", peer=True),
     ],
@@ -58,6 +60,8 @@ GROUPS = {  # what is measured in turn
         Model("ours int4", "int4"),
         Model("ours int4, int8 head", "int4-head"),
         Model("ours int4, int4 head", "int4-head4"),
+        Model("ours int4, int8 head, huge pages", "int4-head", huge_pages=True),
+        Model("ours int4, int4 head, huge pages", "int4-head4", huge_pages=True),
         Model("ours int4, int8 activations", "int4-head", int8_activations=True),
         Model("chatglm.cpp q4_0", "q4_0", peer=True),
     ],
@@ -93,18 +97,21 @@ class Bench:
             return Remote([self.options.peer_python, script("peer_chatglm_cpp.py"), "work", stored])
         command = [sys.executable, script("worker.py"), stored, "--layers", str(layers)]
         command += ["--int8-activations"] if model.int8_activations else []
+        command += ["--huge-pages"] if model.huge_pages else []
         return Remote([*command, "--threads", str(self.options.threads)], {"HF_HUB_OFFLINE": "1"})
 
     def keep(self, group: str, model: Model, cell: str, value) -> None:
         self.values.setdefault(group, {}).setdefault(model.name, {}).setdefault(cell, []).append(value)
-        print(f"  {group:8}{model.name:24}{cell:20}{value:.4g}", file=sys.stderr, flush=True)
+        print(f"  {group:8}{model.name:34}{cell:20}{value:.4g}", file=sys.stderr, flush=True)
 
     def run_group(self, group: str, layers: int, cells: dict[str, tuple[str, dict]], runs: int) -> None:
         """All models of a group at once, or where memory does not permit that one after the other, in each round."""
         prefill = any("prefill" in cell for cell in cells)
         models = self.models(group, prefill)
         files = {file.stat().st_ino: file for model in models for file in files_of(self.stored(model, layers))}
-        together = sum(file.stat().st_size for file in files.values()) < 0.7 * machine.memory_total()
+        needed = sum(file.stat().st_size for file in files.values())
+        needed += sum(size_of(self.stored(model, layers)) for model in models if model.huge_pages)
+        together = needed < 0.7 * machine.memory_total()
         with ExitStack() as stack:
             workers = {m: stack.enter_context(self.start(m, layers)) for m in models} if together else {}
             for _ in range(runs):
@@ -122,7 +129,7 @@ class Bench:
 
     def models(self, group: str, prefill: bool = False) -> list[Model]:
         models = [model for model in GROUPS[group] if self.options.peers or not model.peer]
-        return [model for model in models if prefill or not model.int8_activations]
+        return [model for model in models if not (model.huge_pages if prefill else model.int8_activations)]
 
     def run_cells(self, group: str, layers: int, model: Model, worker: Remote, cells) -> None:
         for cell, (method, arguments) in cells.items():

@@ -21,7 +21,7 @@ from make_model import DATA, KINDS, make_folders
 from speed_report import table
 from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList
 from transformers.utils import logging
-from worker import Clock, Worker
+from worker import Clock, Worker, options_of
 
 BATCHES = (1, 4, 16)
 ARTICLE = """Summarise the text in two sentences. Text: The General Language Model is trained to fill in the
@@ -128,9 +128,7 @@ def prompt_lookup_table(worker: Worker, folder: Path, runs: int) -> str:
 def compile_table(folder: Path, layers: int, threads: int, runs: int, steps: int) -> str:
     rows, times = [], {}
     for compiled in (False, True):
-        options = argparse.Namespace(
-            folder=str(folder), layers=layers, dtype=None, compile=compiled, int8_activations=False
-        )
+        options = options_of([str(folder), "--layers", str(layers), *(["--compile"] if compiled else [])])
         torch.set_num_threads(threads)
         worker = Worker(options)
         start = time.perf_counter()
@@ -164,9 +162,7 @@ def main() -> None:
     if options.compile:
         print(compile_table(folder, options.layers, options.threads, options.runs, options.steps))
         return
-    worker = Worker(
-        argparse.Namespace(folder=str(folder), layers=None, dtype=None, compile=False, int8_activations=False)
-    )
+    worker = Worker(options_of([str(folder)]))
     if not options.only_lookup:
         print(batch_table(worker, options.runs, options.steps), end="\n\n", flush=True)
     print(prompt_lookup_table(worker, folder, options.runs))

@@ -1,6 +1,7 @@
 """One of our models in a process of its own: driven by remote.py.
 
     python benchmarks/worker.py FOLDER [--layers N] [--dtype bfloat16] [--threads 2] [--compile] [--int8-activations]
+                                [--huge-pages]
 
 What it times is `generate` as users call it. speed.py and throughput.py start it.
 """
@@ -8,6 +9,7 @@ What it times is `generate` as users call it. speed.py and throughput.py start i
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 
 START = time.perf_counter()
@@ -47,6 +49,8 @@ class Worker:
         if options.dtype:
             changes["dtype"] = getattr(torch, options.dtype)
         self.model = AutoModel.from_pretrained(options.folder, trust_remote_code=True, **changes).eval()
+        if options.huge_pages:
+            self.model.to_huge_pages()
         if options.compile:
             self.model.forward = torch.compile(self.model.forward, dynamic=True)
         self.model.generation_config.eos_token_id = None  # random weights may end an answer at any token
@@ -114,15 +118,21 @@ class Worker:
         return torch.cat((ids, torch.full((1, max(missing, 0)), 100)), dim=1)[:, : context + 1], cache
 
 
-def main() -> None:
+def options_of(arguments: list[str]) -> argparse.Namespace:
+    """What a Worker takes, from a command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("folder")
     parser.add_argument("--layers", type=int, help="only the first so many layers")
     parser.add_argument("--dtype")
     parser.add_argument("--int8-activations", action="store_true", help="of prompts, in quantized models")
+    parser.add_argument("--huge-pages", action="store_true", help="copy the weights from the mapped files")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--compile", action="store_true", help="torch.compile the forward pass")
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = options_of(sys.argv[1:])
     if options.threads:
         torch.set_num_threads(options.threads)
     logging.set_verbosity_error()

@@ -1,0 +1,73 @@
+"""Attention of a prompt in bfloat16 on CPUs that multiply it: as matrix products, one head after the other.
+
+PyTorch's `scaled_dot_product_attention` reaches a quarter of the speed of its own matrix products there. A product
+rounds its sums to bfloat16, which is too coarse for scores; a second one brings what the rounding took away.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from .cpu_runtime import is_plain
+
+FEWEST_TOKENS = 256  # below, the products are too small
+MOST_THREADS = 4  # `scaled_dot_product_attention` shares out heads, this the rows of each: for few cores
+TILE = 512  # rows of scores that are computed at once: one MB of float32 for as many keys
+HIDDEN = torch.finfo(torch.float32).min  # not -inf, of which a row that sees nothing would become NaN
+
+
+def prompt_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor | None:
+    """Softmax(query @ key.T / sqrt(D)) @ value, with scores in float32.
+
+    Args:
+        query: [B, H, S, D]; key, value: [B, H, K, D].
+        visible: bool, broadcastable to [B, 1, S, K]; None means everything.
+
+    Returns:
+        [B, H, S, D], or None where this is no gain.
+    """
+    if not _is_served(query, key, value):
+        return None
+    batch, heads, tokens, size = query.shape
+    keys = key.shape[2]
+    hidden = first_hidden = None
+    if visible is not None:
+        hidden = visible.logical_not().expand(batch, 1, tokens, keys)
+        columns = hidden.flatten(0, 2).any(dim=0).nonzero()  # often <sop> alone, which the context does not see
+        hidden, first_hidden = (hidden, int(columns[0])) if len(columns) else (None, None)
+    rounded, rest = query.new_empty(2, min(tokens, TILE), keys)
+    scores, weights = query.new_empty(2, min(tokens, TILE), keys, dtype=torch.float32)
+    context = query.new_empty(batch, tokens, heads, size).transpose(1, 2)
+    for row in range(batch):
+        for head in range(heads):
+            key_columns = key[row, head].t()
+            for start in range(0, tokens, TILE):
+                part = query[row, head, start : start + TILE]
+                count = len(part)
+                first, second, exact, weight = (x[:count] for x in (rounded, rest, scores, weights))
+                torch.addmm(first, part, key_columns, beta=0, alpha=size**-0.5, out=first)
+                torch.addmm(first, part, key_columns, beta=-1, alpha=size**-0.5, out=second)
+                exact.copy_(first).add_(second)
+                if hidden is not None:
+                    of_part = hidden[row, 0, start : start + count, first_hidden:]
+                    exact[:, first_hidden:].masked_fill_(of_part, HIDDEN)
+                torch.softmax(exact, dim=-1, out=weight)
+                context[row, head, start : start + count] = first.copy_(weight) @ value[row, head]
+    return context
+
+
+def _is_served(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    if query.dtype != torch.bfloat16 or query.shape[2] < FEWEST_TOKENS or not all(map(is_plain, (query, key, value))):
+        return False
+    trained = torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value))
+    return not trained and torch.get_num_threads() <= MOST_THREADS and _multiplies_bfloat16()
+
+
+@functools.cache
+def _multiplies_bfloat16() -> bool:
+    """AVX-512 with bfloat16, but not AMX, for which PyTorch's attention has products of its own."""
+    found = [getattr(torch.cpu, f"_is_{what}_supported", lambda: False)() for what in ("avx512_bf16", "amx_tile")]
+    return found == [True, False]
