@@ -2,6 +2,8 @@
 
     python benchmarks/speed.py                  decode with all 28 layers, prefill scaled from 4 (about 20 minutes)
     python benchmarks/speed.py --layers 4       everything scaled from 4 layers and 1 (a few minutes)
+    python benchmarks/speed.py --layers 4 --groups original-bf16 original-fp16 --prompts 128 512 --runs 3
+                                                beside the official code's way to compute (original.py)
     python benchmarks/speed.py --peer-python VENV/bin/python     the Python that has chatglm-cpp, if not this one
 
 Makes what it needs in bench_data/ once (make_model.py; 28 layers: 21 GB, chatglm.cpp's files another 10 GB, 22 GB with
@@ -44,9 +46,15 @@ class Model(NamedTuple):
     dtype: str = "bfloat16"
     int8_activations: bool = False  # which change prefill only
     huge_pages: bool = False  # which change decoding only
+    script: str = "worker.py"
 
 
 GROUPS = {  # what is measured in turn
+    "original-bf16": [Model("ours bf16", "16"), Model("original bf16", "16", script="original.py")],
+    "original-fp16": [
+        Model("ours fp16", "16", dtype="float16"),
+        Model("original fp16", "16", dtype="float16", script="original.py"),
+    ],
     "16-bit": [Model("ours bf16", "16"), Model("chatglm.cpp f16", "f16", peer=True)],
     "fp16": [Model("ours fp16", "16", dtype="float16"), Model("chatglm.cpp f16", "f16", peer=True)],
     "int8": [
@@ -95,14 +103,15 @@ class Bench:
         stored = str(self.stored(model, layers))
         if model.peer:
             return Remote([self.options.peer_python, script("peer_chatglm_cpp.py"), "work", stored])
-        command = [sys.executable, script("worker.py"), stored, "--layers", str(layers)]
+        command = [sys.executable, script(model.script), stored, "--layers", str(layers)]
+        command += ["--dtype", model.dtype] if model.script == "original.py" else []
         command += ["--int8-activations"] if model.int8_activations else []
         command += ["--huge-pages"] if model.huge_pages else []
         return Remote([*command, "--threads", str(self.options.threads)], {"HF_HUB_OFFLINE": "1"})
 
     def keep(self, group: str, model: Model, cell: str, value) -> None:
         self.values.setdefault(group, {}).setdefault(model.name, {}).setdefault(cell, []).append(value)
-        print(f"  {group:8}{model.name:34}{cell:20}{value:.4g}", file=sys.stderr, flush=True)
+        print(f"  {group:14}{model.name:34}{cell:20}{value:.4g}", file=sys.stderr, flush=True)
 
     def run_group(self, group: str, layers: int, cells: dict[str, tuple[str, dict]], runs: int) -> None:
         """All models of a group at once, or where memory does not permit that one after the other, in each round."""

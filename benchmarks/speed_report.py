@@ -12,6 +12,7 @@ from statistics import median
 
 LAYERS = 28
 GB = 1e9
+LINES = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)))  # of one colour
 
 
 class Figures:
@@ -58,10 +59,20 @@ class Figures:
         return median(self.figures["bandwidth"][group])
 
     def peer(self, group: str) -> str | None:
-        return next((name for name in self.figures["groups"][group] if name.startswith("chatglm.cpp")), None)
+        return next((name for name in self.figures["groups"][group] if is_peer(name)), None)
+
+    def peers(self) -> str:
+        """What ours are compared with, for the heads of columns."""
+        return ", ".join(
+            sorted({name.split()[0] for names in self.figures["groups"].values() for name in names if is_peer(name)})
+        )
 
     def bytes(self, name: str, context: int) -> float:
         return self.figures["bytes_per_token"][name] + context * self.figures["cache_bytes_per_token"]
+
+
+def is_peer(name: str) -> bool:
+    return not name.startswith("ours")
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -81,7 +92,7 @@ def ratio(ours: float | None, other: float | None) -> str:
 def decode_table(figures: Figures) -> str:
     contexts = [c for c in figures.cells("decode") if c != 100]
     shown = [c for c in contexts if c in (128, 1024)]
-    head = ["decode", *(f"tokens/s at {c}" for c in contexts), *(f"/ chatglm.cpp at {c}" for c in shown)]
+    head = ["decode", *(f"tokens/s at {c}" for c in contexts), *(f"/ {figures.peers()} at {c}" for c in shown)]
     head += ["GB a token at 128", "read bandwidth GB/s", "share of it"]
     rows = []
     for group, name in figures.models("decode"):
@@ -100,7 +111,7 @@ def decode_table(figures: Figures) -> str:
 
 def prefill_table(figures: Figures) -> str:
     prompts, layers = figures.cells("prefill"), figures.figures["layers"]
-    head = ["prefill", *(f"tokens/s, {p} tokens" for p in prompts), *(f"/ chatglm.cpp, {p}" for p in prompts)]
+    head = ["prefill", *(f"tokens/s, {p} tokens" for p in prompts), *(f"/ {figures.peers()}, {p}" for p in prompts)]
     head += ["all 28 layers, 128 tokens"] if layers >= LAYERS else []
     rows = []
     for group, name in figures.models("prefill"):
@@ -177,10 +188,10 @@ def plot(figures: Figures, file: Path) -> bool:
     for group, name in figures.models("decode"):
         times = {c: figures.decode(group, name, c) for c in figures.cells("decode")}
         points = [(c, 1 / t) for c, t in times.items() if t and t > 0]
-        is_peer = name.startswith("chatglm.cpp")
-        style = ":" if is_peer else ("-", "--", "-.")[drawn.get(group, 0)]
-        drawn[group] = drawn.get(group, 0) + (not is_peer)
-        axes.plot(*zip(*points), style, color=colours[group], marker="s" if is_peer else "o", label=name)
+        peer = is_peer(name)
+        style = ":" if peer else LINES[drawn.get(group, 0)]
+        drawn[group] = drawn.get(group, 0) + (not peer)
+        axes.plot(*zip(*points), style, color=colours[group], marker="s" if peer else "o", label=name)
     axes.set(xlabel="context, tokens", ylabel="decode, tokens/s", xlim=0, ylim=0)
     axes.set_title(
         f"ChatGLM-6B, {figures.figures['machine']['processor'].split(' (')[0]}, "
