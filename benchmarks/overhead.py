@@ -4,10 +4,12 @@
 
 Decode step: 28 layers of width 128 have next to no arithmetic, so their time is Python's and PyTorch's own; once as
 one program of CPU kernels, once layer by layer, as on other devices. Yardsticks of the same depth and width are
-transformers' GPT-NeoX and LLaMA, measured in turn on one thread, as processor time (which other programs do not
-change). `--kind int4-head` adds what the program brings at full size. Tokenizer: encode and decode against
-SentencePiece itself on the same text, and a batch over the cores; with the real vocabulary from $ICE_TEXT_MODEL where
-it is set, else the stand-in.
+transformers' GPT-NeoX and LLaMA, and the official code's way to compute (original.py, which has a plain loop in place
+of `generate`), measured in turn on one thread, as processor time (which other programs do not change). `--kind
+int4-head` adds what the program brings at full size.
+
+Tokenizer: encode and decode against SentencePiece itself on the same text, and a batch over the cores; with the real
+vocabulary from $ICE_TEXT_MODEL where it is set, else the stand-in.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from statistics import median
 import machine
 import torch
 from make_model import KINDS, ROOT, copy_code, make_folders, package_module
+from original import Original
 from speed_report import table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -32,6 +35,7 @@ from worker import Worker, options_of
 
 WIDTH, LAYERS, HEADS, ROWS = 128, 28, 4, 1444
 CONTEXTS = (128, 1024, 2000)
+PROMPT = torch.tensor([[*range(10, 40), 1101, 1104]])
 PROGRAM, PLAIN = "as one program", "layer by layer"
 TEXT = (
     "ChatGLM-6B 是一个开源的、支持中英双语的对话语言模型，基于 General Language Model (GLM) 架构，具有 62 亿参数。\n"
@@ -53,8 +57,9 @@ def tiny_models() -> dict[str, torch.nn.Module]:
         models[kind] = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **common))
     for model in models.values():
         model.eval().bfloat16().generation_config.eos_token_id = None
+    original = Original(ours.to_dict()).eval().bfloat16()
     ours = models.pop("ours")
-    return {f"ours, {PROGRAM}": ours, f"ours, {PLAIN}": ours, **models}
+    return {f"ours, {PROGRAM}": ours, f"ours, {PLAIN}": ours, "original.py": original, **models}
 
 
 @contextlib.contextmanager
@@ -69,9 +74,21 @@ def layer_by_layer(model: torch.nn.Module, wanted: bool = True):
         code.decode_step = real
 
 
+def original_step_times(model: Original, tokens: int) -> tuple[float, float]:
+    """As `step_times`."""
+    ids, past, _ = model.generate(PROMPT, 1)
+    start = time.thread_time()
+    model.generate(ids, tokens, past)
+    middle = time.thread_time()
+    with torch.no_grad():
+        for _ in range(tokens):
+            model(ids, past)
+    return (middle - start) / tokens, (time.thread_time() - middle) / tokens
+
+
 def step_times(model: torch.nn.Module, tokens: int) -> tuple[float, float]:
     """Processor seconds of one decode step: of `generate`, and of the forward pass alone."""
-    ids = torch.tensor([[*range(10, 40), 1101, 1104]])
+    ids = PROMPT
     arguments = {"do_sample": False, "attention_mask": torch.ones_like(ids), "return_dict_in_generate": True}
     times = []
     for count in (1, tokens + 1):
@@ -95,7 +112,7 @@ def decode_table(runs: int) -> str:
     for run in range(runs + 1):
         for name, model in models.items():
             with layer_by_layer(model, name.endswith(PLAIN)):
-                measured = step_times(model, 20)
+                measured = (original_step_times if isinstance(model, Original) else step_times)(model, 20)
             if run:  # the first one warms up
                 times[name].append(measured)
     torch.set_num_threads(threads)
