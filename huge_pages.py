@@ -2,46 +2,43 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import sys
+import contextlib
+import mmap
 
 import torch
 from torch import Tensor, nn
 
-PAGE = 2 << 20  # of x86 and of most ARM systems
-MADV_HUGEPAGE = 14  # madvise(2)
+PAGE = 2 << 20  # bytes, of x86 and of most ARM systems
 
 
-@torch.no_grad()
 def move_to_huge_pages(module: nn.Module) -> None:
-    """Copies the weights on the CPU one by one, so that a file is unmapped as soon as its last one is done.
+    """Copies the parameters on the CPU one by one, so that a file is unmapped as soon as its last one is done.
+
+    Tied ones stay tied. Buffers stay where they are.
 
     Raises:
-        RuntimeError: no memory for a copy; what was copied before stays usable, and the others where they were.
+        RuntimeError, OSError: no memory for a copy; what was copied before stays usable, and the others where they
+            were.
     """
-    for parameter in module.parameters():  # a tied one once
-        if parameter.device.type == "cpu" and not parameter.is_meta:
-            parameter.data = copy_to_huge_pages(parameter.data)
+    copies: dict[tuple, Tensor] = {}  # parameters over the same memory get the same copy
+    with torch.inference_mode(False), torch.no_grad():
+        for parameter in list(module.parameters()):
+            if parameter.device.type == "cpu" and parameter.numel():
+                place = (parameter.data_ptr(), parameter.dtype, parameter.shape, parameter.stride())
+                if place not in copies:
+                    copies[place] = copy_to_huge_pages(parameter.data)
+                parameter.data = copies[place]
 
 
 def copy_to_huge_pages(tensor: Tensor) -> Tensor:
-    """A contiguous copy; what is smaller than a page goes to ordinary memory, and so does everything elsewhere than on
-    Linux."""
-    advise = _madvise()
-    if tensor.nbytes < PAGE or advise is None:
+    """A contiguous copy whose storage holds nothing else. What is smaller than a page goes to ordinary memory, and so
+    does everything where the system has no huge pages."""
+    if tensor.nbytes < PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return tensor.clone(memory_format=torch.contiguous_format)
-    memory = torch.empty(tensor.nbytes + 2 * PAGE, dtype=torch.uint8, device="cpu")
-    start = -memory.data_ptr() % PAGE
     length = -(-tensor.nbytes // PAGE) * PAGE
-    advise(memory.data_ptr() + start, length, MADV_HUGEPAGE)  # advice: refused, the pages are ordinary ones
-    return memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
-
-
-@functools.cache
-def _madvise():
-    if sys.platform != "linux":
-        return None
-    function = ctypes.CDLL(None).madvise
-    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return function
+    memory = mmap.mmap(-1, length + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % PAGE
+    with contextlib.suppress(OSError):  # a kernel without them; the pages are ordinary ones then
+        memory.madvise(mmap.MADV_HUGEPAGE, start, length)
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=start)
+    return copy.view(tensor.shape).copy_(tensor)

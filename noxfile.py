@@ -32,6 +32,7 @@ SUITES = [
     "chat",
     "quantization",
     "cpu_attention",
+    "huge_pages",
     "cpu_decode",
     "cpu_int4pack",
 ]

@@ -3,10 +3,10 @@
     python benchmarks/original.py --check
     python benchmarks/original.py FOLDER [--layers N] [--dtype bfloat16] [--threads 2]
 
-The official code runs on no current version of transformers, so it cannot be measured beside ours. Here is what takes
+The official code asks for an old transformers (4.27.1), so it cannot be measured beside ours. Here is what takes
 its time, step for step: hidden states with the sequence first; linear layers without fusion; in each layer rotary
 tables of its own, whose length is asked of the position ids, indexed for both halves of a head; keys and values
-concatenated at each token; scores by batched products of the model's type, multiplied and softened in float32; GELU
+concatenated at each token; scores by batched products of the model's type, scaled and normalised in float32; GELU
 written out; logits of all positions; masks and positions worked out from the ids as Python lists. What `generate` did
 around that is left out, in the official code's favour: a loop takes the best token. `--check` compares logits and
 greedy answers with those that the official code itself computed (tests/golden).
@@ -85,7 +85,7 @@ class Attention(nn.Module):
         )
         scores = torch.baddbmm(query.new_zeros(1, 1, 1), query, key.transpose(1, 2), beta=0.0)
         scores = scores.view(B, self.heads, S, -1)
-        if not (mask == 0).all():
+        if mask.any():
             scores = scores.masked_fill(mask, MASKED)
         weights = F.softmax(scores.float() * factor, dim=-1).to(hidden.dtype)
         context = torch.bmm(weights.view(B * self.heads, S, -1), value)
@@ -126,7 +126,7 @@ class Original(nn.Module):
     def __init__(self, config: dict, layers: int | None = None):
         super().__init__()
         width, heads, epsilon = config["hidden_size"], config["num_attention_heads"], config["layernorm_epsilon"]
-        self.gmask, self.bos = config["gmask_token_id"], config["bos_token_id"]
+        self.gmask, self.masked, self.bos = (config[f"{name}_token_id"] for name in ("gmask", "mask", "bos"))
         inner, rows = config["inner_hidden_size"], config["vocab_size"]
         self.transformer = nn.Module()
         self.transformer.word_embeddings = nn.Embedding(rows, width)
@@ -135,12 +135,16 @@ class Original(nn.Module):
         self.transformer.final_layernorm = nn.LayerNorm(width, eps=epsilon)
         self.lm_head = nn.Linear(width, rows, bias=False)
 
-    def positions(self, ids: Tensor) -> Tensor:
-        """[B, 2, S], from the ids as lists."""
+    def positions(self, ids: Tensor, last: bool = False) -> Tensor:
+        """[B, 2, S], from the ids as lists; with `last` only the last column."""
         rows = []
         for row in ids.tolist():
-            mask, context = row.index(self.gmask), row.index(self.bos)
+            mask = row.index(self.gmask if self.gmask in row else self.masked)
+            context = row.index(self.bos)
             answer = len(row) - context
+            if last:
+                rows.append([[mask], [answer]])
+                continue
             first = [*range(context), *[mask] * answer]
             rows.append([first, [0] * context + list(range(1, answer + 1))])
         return torch.tensor(rows)
@@ -154,11 +158,11 @@ class Original(nn.Module):
 
     def forward(self, ids: Tensor, past=None) -> tuple[Tensor, list]:
         """Logits [B, S, V] of ids [B, S], or with a past of the last ones only, and the new past."""
-        positions = self.positions(ids)
+        positions = self.positions(ids, last=past is not None)
         if past is None:
             mask = self.mask(ids)
         else:
-            ids, positions, mask = ids[:, -1:], positions[..., -1:], torch.zeros(1, 1, dtype=torch.bool)
+            ids, mask = ids[:, -1:], torch.zeros(1, 1, dtype=torch.bool)
         hidden = self.transformer.word_embeddings(ids).transpose(0, 1)
         kept = []
         for block, before in zip(self.transformer.layers, past or [None] * len(self.transformer.layers)):
@@ -233,7 +237,7 @@ def check() -> None:
     model = load(folder, None, torch.float32)
     cases = {case["name"]: case for case in json.loads((folder / "cases.json").read_text())["cases"]}
     with safe_open(folder / "tensors.safetensors", "pt") as stored, torch.no_grad():
-        for name in ("single0", "full_pair"):
+        for name in ("single0", "single1", "full_pair", "mask_mid_prompt", "mask_mid_answer"):
             logits, _ = model(torch.tensor(cases[name]["input_ids"]))
             error = (logits - stored.get_tensor(f"{name}.logits")).abs().max().item()
             print(f"{name}: logits differ by {error:.1e} at most")

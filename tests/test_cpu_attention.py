@@ -1,17 +1,19 @@
-"""Attention of a prompt as matrix products, and weights moved to huge pages: the same results from other places."""
+"""Attention of a prompt as matrix products: as exact as torch's, and only where it is served."""
 
 import pytest
 import torch
-from chatglm_slim import cpu_attention, huge_pages, modeling_chatglm
+from chatglm_slim import cpu_attention, modeling_chatglm
 from chatglm_slim.modeling_chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 
 TOKENS, HEADS, SIZE = 600, 3, 32  # two tiles, the second not full
+find_bfloat16 = cpu_attention._multiplies_bfloat16.__wrapped__
 
 
 @pytest.fixture(autouse=True)
 def on_any_processor(monkeypatch):
     """PyTorch's bfloat16 products are right everywhere, only slower."""
     monkeypatch.setattr(cpu_attention, "_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(cpu_attention, "MOST_THREADS", 1000)
 
 
 @pytest.fixture
@@ -43,11 +45,22 @@ def test_prompt_attention_is_as_exact_as_that_of_torch(states, name):
 
 
 @torch.no_grad()
-def test_a_row_that_sees_nothing_stays_finite(states):
+def test_a_row_that_sees_nothing_gets_nothing(states):
     visible = torch.ones(2, 1, TOKENS, TOKENS, dtype=torch.bool)
     visible[1, :, :7] = False
     context = cpu_attention.prompt_attention(*states, visible)
-    assert context.isfinite().all()
+    assert not context[1, :, :7].any() and context[0].any() and context.isfinite().all()
+
+
+@torch.no_grad()
+def test_nothing_of_a_hidden_key_comes_through():
+    query = torch.full((1, 1, 300, 32), 8.0).bfloat16()
+    key, value = -query.repeat(1, 1, 1, 1), torch.zeros_like(query)
+    key[:, :, -1], value[:, :, -1] = 8.0, 1e6  # a score of 362 against -362
+    visible = torch.ones(1, 1, 1, 300, dtype=torch.bool)
+    visible[..., -1] = False
+    assert not cpu_attention.prompt_attention(query, key, value, visible).any()
+    assert (cpu_attention.prompt_attention(query, key, value, None) > 9e5).all()
 
 
 @torch.no_grad()
@@ -63,12 +76,27 @@ def test_what_it_does_not_serve_is_left_to_torch(states, monkeypatch):
     served = cpu_attention.prompt_attention
     assert served(query, key, value, None) is not None
     assert served(query.float(), key.float(), value.float(), None) is None
+    assert served(query, key, value.float(), None) is None
     assert served(query[:, :, :100], key, value, None) is None
+    assert served(query, key, value, torch.ones(2, HEADS, TOKENS, TOKENS, dtype=torch.bool)) is None
     assert served(query.requires_grad_(), key, value, None) is None
     with torch.no_grad():
         assert served(query, key, value, None) is not None
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(cpu_attention, "MOST_THREADS", torch.get_num_threads() - 1)
     assert served(query.detach(), key, value, None) is None
+    monkeypatch.setattr(cpu_attention, "MOST_THREADS", torch.get_num_threads())
+    assert served(query.detach(), key, value, None) is not None
+    monkeypatch.setattr(cpu_attention, "_multiplies_bfloat16", lambda: False)
+    assert served(query.detach(), key, value, None) is None
+
+
+@pytest.mark.parametrize(
+    ("bfloat16", "amx", "wanted"), [(True, False, True), (True, True, False), (False, False, False)]
+)
+def test_it_is_for_processors_that_multiply_bfloat16_without_amx(monkeypatch, bfloat16, amx, wanted):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bfloat16, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    assert find_bfloat16() is wanted
 
 
 def model(dtype=torch.bfloat16, **changes):
@@ -97,37 +125,16 @@ def test_a_long_prompt_goes_through_it_and_answers_the_same(monkeypatch):
     assert (fast - exact).norm() <= 1.2 * (plain - exact).norm()
 
 
-def test_huge_pages_hold_the_same_weights_in_the_same_parameters(tmp_path):
-    network = model(tie_word_embeddings=True)
-    network.save_pretrained(tmp_path)
-    network = ChatGLMForConditionalGeneration.from_pretrained(tmp_path)
-    before = {name: (parameter, parameter.clone()) for name, parameter in network.named_parameters()}
-    places = {name: parameter.data_ptr() for name, parameter in network.named_parameters()}
-    assert network.to_huge_pages() is network
-    for name, parameter in network.named_parameters():
-        same, values = before[name]
-        assert parameter is same and parameter.equal(values) and parameter.data_ptr() != places[name]
-    assert network.lm_head.weight is network.transformer.word_embeddings.weight
+def test_a_long_prompt_with_a_mask_for_each_head_is_answered():
+    ids = torch.cat((torch.randint(10, 1000, (1, 300)), torch.tensor([[1101, 1104]])), dim=1)
+    mask = torch.zeros(1, HEADS, 302, 302, dtype=torch.bool)
+    with torch.no_grad():
+        assert model()(ids, attention_mask=mask).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("rows", [3, 1 << 11, (1 << 11) + 1])
-def test_copies_to_huge_pages_are_whole_and_aligned(rows):
-    tensor = torch.arange(rows * 600, dtype=torch.int32).view(rows, 600)
-    copy = huge_pages.copy_to_huge_pages(tensor.t())
-    assert copy.equal(tensor.t()) and copy.is_contiguous() and copy.data_ptr() != tensor.data_ptr()
-    if tensor.nbytes >= huge_pages.PAGE and huge_pages._madvise() is not None:
-        assert copy.data_ptr() % huge_pages.PAGE == 0
-
-
-def test_quantized_models_on_huge_pages_give_the_same_answer():
-    network = model().quantize(4, quantize_head=8)
-    ids = torch.tensor([[20, 30, 1101, 1104]])
-    before = network.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
-    assert network.to_huge_pages().generate(input_ids=ids, max_new_tokens=8, do_sample=False).equal(before)
-
-
-def test_without_madvise_the_copy_is_an_ordinary_one(monkeypatch):
-    monkeypatch.setattr(huge_pages, "_madvise", lambda: None)
-    tensor = torch.arange(1 << 20)
-    copy = huge_pages.copy_to_huge_pages(tensor)
-    assert copy.equal(tensor) and copy.data_ptr() != tensor.data_ptr()
+def test_tracing_leaves_it_out(monkeypatch):
+    monkeypatch.setattr(modeling_chatglm, "is_tracing", lambda: True)
+    monkeypatch.setattr(modeling_chatglm, "prompt_attention", None)  # calling it would be an error
+    ids = torch.cat((torch.randint(10, 1000, (1, 300)), torch.tensor([[1101, 1104]])), dim=1)
+    with torch.no_grad():
+        assert model()(ids).logits.isfinite().all()

@@ -224,15 +224,32 @@ TYPED = TYPED.map("".join)
 quick = settings(max_examples=60, deadline=None)
 
 
+@pytest.fixture(scope="module", params=[{}, {"split_special_tokens": True}, {"do_lower_case": True}])
+def short_and_long(request, load, tiny_sp_model):
+    """A tokenizer with a token of the user's, and one of a class of its own, which never takes the short way."""
+    short = load(tiny_sp_model, **request.param)
+    long = type("Subclass", (type(short),), {}).from_pretrained(short.name_or_path)
+    for tokenizer in (short, long):
+        tokenizer.add_tokens(["@user"])
+    return short, long
+
+
 @quick
-@given(text=st.one_of(TYPED, st.sampled_from(["", "a [MASK] b", " <eop> ", "  <sop>\n", "a" * 3000])))
+@given(text=st.one_of(TYPED, st.sampled_from(["", "a [MASK] b", " <eop> ", "  <sop>\n", "A @user b", "a" * 3000])))
 @pytest.mark.parametrize("tensors", [None, "pt"])
-def test_a_text_alone_is_encoded_as_with_every_option_spelled_out(tiny, tensors, text):
-    short, long = tiny(text, return_tensors=tensors), tiny(text, padding=False, return_tensors=tensors)
-    assert {name: list(rows) if tensors is None else rows.tolist() for name, rows in short.items()} == {
-        name: list(rows) if tensors is None else rows.tolist() for name, rows in long.items()
-    }
-    assert list(short) == list(long)
+def test_a_text_alone_is_encoded_as_by_the_long_way(short_and_long, tensors, text):
+    short, long = (tokenizer(text, return_tensors=tensors) for tokenizer in short_and_long)
+    assert type(short) is type(long) and list(short) == list(long)
+    for name in short:
+        assert np.array_equal(short[name], long[name]) and type(short[name]) is type(long[name])
+
+
+def test_a_text_alone_goes_the_short_way_but_for_a_subclass(short_and_long, monkeypatch):
+    short, long = short_and_long
+    monkeypatch.setattr(type(short), "_encode_plus", None)  # calling it would be an error
+    assert short("a")["input_ids"] and short(text="a", return_tensors="np")["input_ids"].size
+    with pytest.raises(TypeError):
+        long("a")
 
 
 def test_a_text_alone_heeds_the_limit_and_the_inputs_that_the_user_has_set(load, tiny_sp_model):

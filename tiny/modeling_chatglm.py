@@ -807,11 +807,17 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
 
     # --- weights -------------------------------------------------------------------------------------------------
 
-    def to_huge_pages(self):
-        """Copies the weights on the CPU from the mapped files to memory of the model's own; returns the model.
+    def to_huge_pages(self) -> "ChatGLMForConditionalGeneration":
+        """Copies the weights on the CPU from the mapped files to huge pages of the process, where Linux has them.
 
-        Where Linux has huge pages, decoding reads weights 5 to 14 % faster from there (benchmarks/PROFILE.md). It
-        takes a second for some GB, and memory that the system cannot take back, unlike that of a mapped file.
+        Decoding reads them faster there (README.md, "Speed on a CPU"). It takes a second for some GB, and memory that
+        the system cannot take back, unlike that of a mapped file.
+
+        Returns:
+            the model itself.
+
+        Raises:
+            RuntimeError, OSError: not enough memory; the model stays usable.
         """
         move_to_huge_pages(self)
         return self
