@@ -191,7 +191,7 @@ def plot(figures: Figures, file: Path) -> bool:
         peer = is_peer(name)
         style = ":" if peer else LINES[drawn.get(group, 0)]
         drawn[group] = drawn.get(group, 0) + (not peer)
-        axes.plot(*zip(*points), style, color=colours[group], marker="s" if peer else "o", label=name)
+        axes.plot(*zip(*points), linestyle=style, color=colours[group], marker="s" if peer else "o", label=name)
     axes.set(xlabel="context, tokens", ylabel="decode, tokens/s", xlim=0, ylim=0)
     axes.set_title(
         f"ChatGLM-6B, {figures.figures['machine']['processor'].split(' (')[0]}, "
