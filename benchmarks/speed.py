@@ -2,7 +2,7 @@
 
     python benchmarks/speed.py                  decode with all 28 layers, prefill scaled from 4 (about 20 minutes)
     python benchmarks/speed.py --layers 4       everything scaled from 4 layers and 1 (a few minutes)
-    python benchmarks/speed.py --layers 4 --groups original-bf16 original-fp16 --prompts 128 512 --runs 3
+    python benchmarks/speed.py --prefill-layers 28 --groups original-bf16 --prompts 128 512 --contexts 128 1024
                                                 beside the official code's way to compute (original.py)
     python benchmarks/speed.py --peer-python VENV/bin/python     the Python that has chatglm-cpp, if not this one
 
@@ -119,7 +119,8 @@ class Bench:
         models = self.models(group, prefill)
         files = {file.stat().st_ino: file for model in models for file in files_of(self.stored(model, layers))}
         needed = sum(file.stat().st_size for file in files.values())
-        needed += sum(size_of(self.stored(model, layers)) for model in models if model.huge_pages)
+        copied = [model for model in models if model.huge_pages or model.script == "original.py"]
+        needed += sum(size_of(self.stored(model, layers)) for model in copied)
         together = needed < 0.7 * machine.memory_total()
         with ExitStack() as stack:
             workers = {m: stack.enter_context(self.start(m, layers)) for m in models} if together else {}
