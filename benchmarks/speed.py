@@ -4,6 +4,7 @@
     python benchmarks/speed.py --layers 4       everything scaled from 4 layers and 1 (a few minutes)
     python benchmarks/speed.py --prefill-layers 28 --groups original-bf16 --prompts 128 512 --contexts 128 1024
                                                 beside the official code's way to compute (original.py)
+    python benchmarks/speed.py --layers 4 --groups fastllm-int4 --fastllm-python VENV/bin/python   with ftllm in it
     python benchmarks/speed.py --peer-python VENV/bin/python     the Python that has chatglm-cpp, if not this one
 
 Makes what it needs in bench_data/ once (make_model.py; 28 layers: 21 GB, chatglm.cpp's files another 10 GB, 22 GB with
@@ -34,6 +35,7 @@ from speed_report import write_report
 LAYERS = 28
 CONTEXTS = (100, 128, 512, 1024, 2000)
 PROMPTS = (128, 512, 1536)
+EMBEDDING_BYTES = 130528 * 4096 * 4  # of fastllm's files: float32, of which a token reads one row
 CACHE_BYTES = 2 * 4096 * 2  # of one token in one layer: keys and values, 16 bit
 
 
@@ -49,20 +51,32 @@ class Model(NamedTuple):
     script: str = "worker.py"
 
 
+MODULES = {"peer_chatglm_cpp.py": "chatglm_cpp", "peer_fastllm.py": "ftllm"}  # of the peers
 GROUPS = {  # what is measured in turn
     "original-bf16": [Model("ours bf16", "16"), Model("original bf16", "16", script="original.py")],
     "original-fp16": [
         Model("ours fp16", "16", dtype="float16"),
         Model("original fp16", "16", dtype="float16", script="original.py"),
     ],
-    "16-bit": [Model("ours bf16", "16"), Model("chatglm.cpp f16", "f16", peer=True)],
-    "fp16": [Model("ours fp16", "16", dtype="float16"), Model("chatglm.cpp f16", "f16", peer=True)],
+    "16-bit": [Model("ours bf16", "16"), Model("chatglm.cpp f16", "f16", peer=True, script="peer_chatglm_cpp.py")],
+    "fastllm-int4": [
+        Model("ours int4, int4 head", "int4-head4"),
+        Model("fastllm int4", "int4", peer=True, script="peer_fastllm.py"),
+    ],
+    "fastllm-int8": [
+        Model("ours int8, int8 head", "int8-head"),
+        Model("fastllm int8", "int8", peer=True, script="peer_fastllm.py"),
+    ],
+    "fp16": [
+        Model("ours fp16", "16", dtype="float16"),
+        Model("chatglm.cpp f16", "f16", peer=True, script="peer_chatglm_cpp.py"),
+    ],
     "int8": [
         Model("ours int8", "int8"),
         Model("ours int8, int8 head", "int8-head"),
         Model("ours int8, int8 head, huge pages", "int8-head", huge_pages=True),
         Model("ours int8, int8 activations", "int8-head", int8_activations=True),
-        Model("chatglm.cpp q8_0", "q8_0", peer=True),
+        Model("chatglm.cpp q8_0", "q8_0", peer=True, script="peer_chatglm_cpp.py"),
     ],
     "int4": [
         Model("ours int4", "int4"),
@@ -71,7 +85,7 @@ GROUPS = {  # what is measured in turn
         Model("ours int4, int8 head, huge pages", "int4-head", huge_pages=True),
         Model("ours int4, int4 head, huge pages", "int4-head4", huge_pages=True),
         Model("ours int4, int8 activations", "int4-head", int8_activations=True),
-        Model("chatglm.cpp q4_0", "q4_0", peer=True),
+        Model("chatglm.cpp q4_0", "q4_0", peer=True, script="peer_chatglm_cpp.py"),
     ],
 }
 
@@ -90,19 +104,23 @@ class Bench:
         data, size = self.options.data, max(layers, self.options.prefill_layers)
         if not model.peer:
             return make_folders(size, [model.kind], model.dtype, data)[model.kind]
-        file = data / f"{layers}-chatglm.cpp" / f"{model.kind}.bin"
+        file = data / f"{layers}-{model.name.split()[0]}" / f"{model.kind}.bin"
         if not file.exists():
             source = make_folders(size, ["16"], "bfloat16", data)["16"]
-            command = [self.options.peer_python, script("peer_chatglm_cpp.py"), "convert", str(source), str(file)]
+            command = [self.peer_python(model), script(model.script), "convert", str(source), str(file)]
             command += ["--type", model.kind, "--layers", str(layers)]
             print(f"making {file}", file=sys.stderr)
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         return file
 
+    def peer_python(self, model: Model) -> str:
+        fastllm = model.script == "peer_fastllm.py"
+        return self.options.fastllm_python if fastllm else self.options.peer_python
+
     def start(self, model: Model, layers: int) -> Remote:
         stored = str(self.stored(model, layers))
         if model.peer:
-            return Remote([self.options.peer_python, script("peer_chatglm_cpp.py"), "work", stored])
+            return Remote([self.peer_python(model), script(model.script), "work", stored])
         command = [sys.executable, script(model.script), stored, "--layers", str(layers)]
         command += ["--dtype", model.dtype] if model.script == "original.py" else []
         command += ["--int8-activations"] if model.int8_activations else []
@@ -121,7 +139,8 @@ class Bench:
         needed = sum(file.stat().st_size for file in files.values())
         copied = [model for model in models if model.huge_pages or model.script == "original.py"]
         needed += sum(size_of(self.stored(model, layers)) for model in copied)
-        together = needed < 0.7 * machine.memory_total()
+        spinning = any(model.script == "peer_fastllm.py" for model in models)  # its threads, even between requests
+        together = needed < 0.7 * machine.memory_total() and not spinning
         with ExitStack() as stack:
             workers = {m: stack.enter_context(self.start(m, layers)) for m in models} if together else {}
             for _ in range(runs):
@@ -138,7 +157,8 @@ class Bench:
                 self.keep(group, model, f"{layers}: peak GB", worker("memory")["peak"] / 1e9)
 
     def models(self, group: str, prefill: bool = False) -> list[Model]:
-        models = [model for model in GROUPS[group] if self.options.peers or not model.peer]
+        absent = self.options.missing if self.options.peers else set(MODULES)
+        models = [model for model in GROUPS[group] if model.script not in absent]
         return [model for model in models if not (model.huge_pages if prefill else model.int8_activations)]
 
     def run_cells(self, group: str, layers: int, model: Model, worker: Remote, cells) -> None:
@@ -186,8 +206,8 @@ def prefill_cells(prompts: tuple[int, ...]) -> dict[str, tuple[str, dict]]:
     return {f"prefill {tokens}": ("prefill", {"tokens": tokens}) for tokens in prompts}
 
 
-def has_peer(python: str) -> bool:
-    probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec('chatglm_cpp') is None)"
+def has_peer(python: str, module: str) -> bool:
+    probe = f"import importlib.util, sys; sys.exit(importlib.util.find_spec('{module}') is None)"
     return subprocess.run([python, "-c", probe], check=False).returncode == 0
 
 
@@ -233,13 +253,14 @@ def result(bench: Bench, seconds: float) -> dict:
 def bytes_per_token(bench: Bench, model: Model) -> float:
     """Weight bytes that one token must read with 28 layers: the whole file, whose embedding is also the head."""
     few = bench.options.prefill_layers
+    unread = EMBEDDING_BYTES if model.script == "peer_fastllm.py" else 0
     if bench.options.layers >= LAYERS:
-        return size_of(bench.stored(model, LAYERS))
+        return size_of(bench.stored(model, LAYERS)) - unread
     files = files_of(bench.stored(model, few))
     total = sum(file.stat().st_size for file in files)
     one = size_of(bench.stored(model, 1)) if model.peer else next(f for f in files if "layer-00" in f.name)
     layer = (total - one) / (few - 1) if model.peer else one.stat().st_size
-    return total + (LAYERS - few) * layer
+    return total - unread + (LAYERS - few) * layer
 
 
 def main() -> None:
@@ -255,6 +276,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="tokens of one decode run")
     parser.add_argument("--threads", type=int, default=machine.cores())
     parser.add_argument("--peer-python", default=sys.executable, help="a Python that has chatglm-cpp")
+    parser.add_argument("--fastllm-python", default=sys.executable, help="a Python that has ftllm")
     parser.add_argument("--no-peers", dest="peers", action="store_false")
     parser.add_argument("--no-cold", dest="cold", action="store_false", help="no loading from the disk")
     parser.add_argument("--data", type=Path, default=DATA)
@@ -262,9 +284,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.layers < LAYERS:
         options.prefill_layers = options.layers
-    if options.peers and not has_peer(options.peer_python):
-        print(f"chatglm.cpp is left out: no chatglm_cpp in {options.peer_python}", file=sys.stderr)
-        options.peers = False
+    wanted = {model.script for group in options.groups for model in GROUPS[group] if model.peer}
+    pythons = {"peer_chatglm_cpp.py": options.peer_python, "peer_fastllm.py": options.fastllm_python}
+    options.missing = {name for name in wanted if not has_peer(pythons[name], MODULES[name])}
+    if options.peers and options.missing:
+        print(f"left out, not installed: {[MODULES[name] for name in options.missing]}", file=sys.stderr)
     start = time.perf_counter()
     figures = result(measure(options), 0)
     figures["seconds"] = time.perf_counter() - start
