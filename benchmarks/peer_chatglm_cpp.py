@@ -10,8 +10,6 @@ The conversion is chatglm.cpp's own code, fed tensor by tensor, because its load
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
 import json
 import time
 from collections.abc import Mapping
@@ -19,7 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from machine import resident_memory
-from remote import serve
+from remote import run_peer
 
 LENGTH = 2048  # tokens that its cache is made for
 HEAD, EMBEDDING = "lm_head.weight", "transformer.word_embeddings.weight"
@@ -97,34 +95,9 @@ def convert(folder: Path, file: Path, ggml_type: str, layers: int | None = None)
         tokenizer = SimpleNamespace(**{name: tokenizer})
     tensors = StoredTensors(folder)
     model = SimpleNamespace(config=config, state_dict=lambda: tensors)
-    partial = file.with_suffix(".partial")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(partial, "wb") as out:
+    with open(file, "wb") as out:
         ChatGLMConverter.convert(out, model, tokenizer, GGMLType[ggml_type.upper()])
-    partial.rename(file)
-
-
-def is_installed() -> bool:
-    return importlib.util.find_spec("chatglm_cpp") is not None
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    converting = commands.add_parser("convert")
-    converting.add_argument("folder", type=Path)
-    converting.add_argument("file", type=Path)
-    converting.add_argument("--type", choices=("f16", "q8_0", "q4_0", "q4_1"), default="q4_0")
-    converting.add_argument("--layers", type=int)
-    commands.add_parser("work").add_argument("file")
-    options = parser.parse_args()
-    if not is_installed():
-        raise SystemExit("chatglm-cpp is not installed in this Python: pip install chatglm-cpp==0.4.2")
-    if options.command == "convert":
-        convert(options.folder, options.file, options.type, options.layers)
-    else:
-        serve(lambda: Worker(options.file))
 
 
 if __name__ == "__main__":
-    main()
+    run_peer(__doc__, ("q4_0", "q4_1", "q8_0", "f16"), convert, Worker)

@@ -1,32 +1,28 @@
 """fastllm beside us: its file made from our random weights, and its worker.
 
     python benchmarks/peer_fastllm.py convert FOLDER FILE --type int4 [--layers N]
-    python benchmarks/peer_fastllm.py work FILE [--threads 1]
+    python benchmarks/peer_fastllm.py work FILE
 
 Needs `pip install ftllm==1.9.0` beside torch and transformers in the Python that runs it; speed.py takes it as
-`--fastllm-python`.
-Its threads spin beside the one that calls it: with as many as there are cores they fight for them (a token of the
-4-layer INT4 model takes 15 times as long), so one fewer is the default.
+`--fastllm-python`. Its threads spin beside the one that calls it: with as many as there are cores they fight for them
+(two instead of one: 750 against 42 to 51 ms a token, 4 layers in INT4), so it gets one fewer.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 
 from machine import cores, resident_memory
-from remote import serve
-
-TYPES = ("int4", "int8", "float16")
+from remote import run_peer
 
 
 class Worker:
-    def __init__(self, file: str, threads: int):
+    def __init__(self, file: str):
         from ftllm import llm
 
         start = time.perf_counter()
-        llm.set_cpu_threads(threads)
+        llm.set_cpu_threads(max(cores() - 1, 1))
         self.model = llm.model(file)
         loaded = time.perf_counter() - start
         self.prefill(8)
@@ -49,6 +45,7 @@ class Worker:
         return {"seconds": self.token_seconds(tokens, 1)[0]}
 
     def decode(self, context: int, steps: int) -> dict:
+        """Seconds of each of `steps` tokens behind a prompt of `context` tokens and two."""
         return {"seconds": self.token_seconds(context, steps + 2)[2:]}
 
 
@@ -58,29 +55,8 @@ def convert(folder: Path, file: Path, kind: str, layers: int | None = None) -> N
 
     changes = {"num_layers": layers} if layers else {}
     model = AutoModel.from_pretrained(folder, trust_remote_code=True, **changes).half().eval()
-    partial = file.with_suffix(".partial")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    hf_model.create(model, None, dtype=kind).save(str(partial))
-    partial.rename(file)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    converting = commands.add_parser("convert")
-    converting.add_argument("folder", type=Path)
-    converting.add_argument("file", type=Path)
-    converting.add_argument("--type", choices=TYPES, default="int4")
-    converting.add_argument("--layers", type=int)
-    working = commands.add_parser("work")
-    working.add_argument("file")
-    working.add_argument("--threads", type=int, default=max(cores() - 1, 1))
-    options = parser.parse_args()
-    if options.command == "convert":
-        convert(options.folder, options.file, options.type, options.layers)
-    else:
-        serve(lambda: Worker(options.file, options.threads))
+    hf_model.create(model, None, dtype=kind).save(str(file))
 
 
 if __name__ == "__main__":
-    main()
+    run_peer(__doc__, ("int4", "int8", "float16"), convert, Worker)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -58,6 +59,26 @@ def serve(make_worker) -> None:
     for line in sys.stdin:
         arguments = json.loads(line)
         say(getattr(worker, arguments.pop("do"))(**arguments))
+
+
+def run_peer(description: str, types: tuple[str, ...], convert, make_worker) -> None:
+    """The command line of a peer: `convert FOLDER FILE --type T [--layers N]`, and `work FILE`, which serves."""
+    parser = argparse.ArgumentParser(description=description.split("\n\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    converting = commands.add_parser("convert")
+    converting.add_argument("folder", type=Path)
+    converting.add_argument("file", type=Path, help="written under another name first, so that it is whole or missing")
+    converting.add_argument("--type", choices=types, default=types[0])
+    converting.add_argument("--layers", type=int)
+    commands.add_parser("work").add_argument("file")
+    options = parser.parse_args()
+    if options.command == "work":
+        serve(lambda: make_worker(options.file))
+        return
+    partial = options.file.with_suffix(".partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    convert(options.folder, partial, options.type, options.layers)
+    partial.rename(options.file)
 
 
 def script(name: str) -> str:

@@ -35,48 +35,63 @@ from speed_report import write_report
 LAYERS = 28
 CONTEXTS = (100, 128, 512, 1024, 2000)
 PROMPTS = (128, 512, 1536)
-EMBEDDING_BYTES = 130528 * 4096 * 4  # of fastllm's files: float32, of which a token reads one row
 CACHE_BYTES = 2 * 4096 * 2  # of one token in one layer: keys and values, 16 bit
+
+
+class Peer(NamedTuple):
+    """Another program: what makes and runs its files, and in which Python."""
+
+    folder: str
+    script: str
+    module: str  # that it needs
+    python: str  # the option that names a Python with it
+    unread: int = 0  # bytes of its files that no token reads
+    spins: bool = False  # its threads are busy even between requests: nothing runs beside it
+
+
+CHATGLM_CPP = Peer("chatglm.cpp", "peer_chatglm_cpp.py", "chatglm_cpp", "peer_python")
+FASTLLM = Peer(  # the embedding apart from the head, in float32
+    "fastllm", "peer_fastllm.py", "ftllm", "fastllm_python", unread=130528 * 4096 * 4, spins=True
+)
 
 
 class Model(NamedTuple):
     """One line of the table."""
 
     name: str
-    kind: str  # of folder, or ggml type
-    peer: bool = False
+    kind: str  # of folder, or the peer's type
+    peer: Peer | None = None
     dtype: str = "bfloat16"
     int8_activations: bool = False  # which change prefill only
     huge_pages: bool = False  # which change decoding only
     script: str = "worker.py"
 
 
-MODULES = {"peer_chatglm_cpp.py": "chatglm_cpp", "peer_fastllm.py": "ftllm"}  # of the peers
 GROUPS = {  # what is measured in turn
     "original-bf16": [Model("ours bf16", "16"), Model("original bf16", "16", script="original.py")],
     "original-fp16": [
         Model("ours fp16", "16", dtype="float16"),
         Model("original fp16", "16", dtype="float16", script="original.py"),
     ],
-    "16-bit": [Model("ours bf16", "16"), Model("chatglm.cpp f16", "f16", peer=True, script="peer_chatglm_cpp.py")],
+    "16-bit": [Model("ours bf16", "16"), Model("chatglm.cpp f16", "f16", peer=CHATGLM_CPP)],
     "fastllm-int4": [
         Model("ours int4, int4 head", "int4-head4"),
-        Model("fastllm int4", "int4", peer=True, script="peer_fastllm.py"),
+        Model("fastllm int4", "int4", peer=FASTLLM),
     ],
     "fastllm-int8": [
         Model("ours int8, int8 head", "int8-head"),
-        Model("fastllm int8", "int8", peer=True, script="peer_fastllm.py"),
+        Model("fastllm int8", "int8", peer=FASTLLM),
     ],
     "fp16": [
         Model("ours fp16", "16", dtype="float16"),
-        Model("chatglm.cpp f16", "f16", peer=True, script="peer_chatglm_cpp.py"),
+        Model("chatglm.cpp f16", "f16", peer=CHATGLM_CPP),
     ],
     "int8": [
         Model("ours int8", "int8"),
         Model("ours int8, int8 head", "int8-head"),
         Model("ours int8, int8 head, huge pages", "int8-head", huge_pages=True),
         Model("ours int8, int8 activations", "int8-head", int8_activations=True),
-        Model("chatglm.cpp q8_0", "q8_0", peer=True, script="peer_chatglm_cpp.py"),
+        Model("chatglm.cpp q8_0", "q8_0", peer=CHATGLM_CPP),
     ],
     "int4": [
         Model("ours int4", "int4"),
@@ -85,7 +100,7 @@ GROUPS = {  # what is measured in turn
         Model("ours int4, int8 head, huge pages", "int4-head", huge_pages=True),
         Model("ours int4, int4 head, huge pages", "int4-head4", huge_pages=True),
         Model("ours int4, int8 activations", "int4-head", int8_activations=True),
-        Model("chatglm.cpp q4_0", "q4_0", peer=True, script="peer_chatglm_cpp.py"),
+        Model("chatglm.cpp q4_0", "q4_0", peer=CHATGLM_CPP),
     ],
 }
 
@@ -104,23 +119,22 @@ class Bench:
         data, size = self.options.data, max(layers, self.options.prefill_layers)
         if not model.peer:
             return make_folders(size, [model.kind], model.dtype, data)[model.kind]
-        file = data / f"{layers}-{model.name.split()[0]}" / f"{model.kind}.bin"
+        file = data / f"{layers}-{model.peer.folder}" / f"{model.kind}.bin"
         if not file.exists():
             source = make_folders(size, ["16"], "bfloat16", data)["16"]
-            command = [self.peer_python(model), script(model.script), "convert", str(source), str(file)]
+            command = [*self.peer_command(model.peer), "convert", str(source), str(file)]
             command += ["--type", model.kind, "--layers", str(layers)]
             print(f"making {file}", file=sys.stderr)
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         return file
 
-    def peer_python(self, model: Model) -> str:
-        fastllm = model.script == "peer_fastllm.py"
-        return self.options.fastllm_python if fastllm else self.options.peer_python
+    def peer_command(self, peer: Peer) -> list[str]:
+        return [getattr(self.options, peer.python), script(peer.script)]
 
     def start(self, model: Model, layers: int) -> Remote:
         stored = str(self.stored(model, layers))
         if model.peer:
-            return Remote([self.peer_python(model), script(model.script), "work", stored])
+            return Remote([*self.peer_command(model.peer), "work", stored])
         command = [sys.executable, script(model.script), stored, "--layers", str(layers)]
         command += ["--dtype", model.dtype] if model.script == "original.py" else []
         command += ["--int8-activations"] if model.int8_activations else []
@@ -139,8 +153,8 @@ class Bench:
         needed = sum(file.stat().st_size for file in files.values())
         copied = [model for model in models if model.huge_pages or model.script == "original.py"]
         needed += sum(size_of(self.stored(model, layers)) for model in copied)
-        spinning = any(model.script == "peer_fastllm.py" for model in models)  # its threads, even between requests
-        together = needed < 0.7 * machine.memory_total() and not spinning
+        spins = any(model.peer and model.peer.spins for model in models)
+        together = needed < 0.7 * machine.memory_total() and not spins
         with ExitStack() as stack:
             workers = {m: stack.enter_context(self.start(m, layers)) for m in models} if together else {}
             for _ in range(runs):
@@ -157,8 +171,7 @@ class Bench:
                 self.keep(group, model, f"{layers}: peak GB", worker("memory")["peak"] / 1e9)
 
     def models(self, group: str, prefill: bool = False) -> list[Model]:
-        absent = self.options.missing if self.options.peers else set(MODULES)
-        models = [model for model in GROUPS[group] if model.script not in absent]
+        models = [model for model in GROUPS[group] if not model.peer or model.peer in self.options.peers]
         return [model for model in models if not (model.huge_pages if prefill else model.int8_activations)]
 
     def run_cells(self, group: str, layers: int, model: Model, worker: Remote, cells) -> None:
@@ -174,14 +187,14 @@ class Bench:
         gc.collect()
 
     def run_load(self, group: str, layers: int, runs: int) -> None:
-        """Reading the files, and load to first token, from the disk (once, where the system can) and from memory."""
+        """Reading the files, and load to first token, from the disk (where the system can) and from memory."""
         for model in self.models(group):
             files = files_of(self.stored(model, layers))
-            if self.options.cold and machine.forget_files(files):
-                self.keep(group, model, f"{layers}: cold read", sum(map(machine.read_file, files)))
-                machine.forget_files(files)
-                self.first_token(group, model, layers, "cold")
             for _ in range(runs):
+                if self.options.cold and machine.forget_files(files):
+                    self.keep(group, model, f"{layers}: cold read", sum(map(machine.read_file, files)))
+                    machine.forget_files(files)
+                    self.first_token(group, model, layers, "cold")
                 self.keep(group, model, f"{layers}: warm read", sum(map(machine.read_file, files)))
                 self.first_token(group, model, layers, "warm")
 
@@ -206,9 +219,17 @@ def prefill_cells(prompts: tuple[int, ...]) -> dict[str, tuple[str, dict]]:
     return {f"prefill {tokens}": ("prefill", {"tokens": tokens}) for tokens in prompts}
 
 
-def has_peer(python: str, module: str) -> bool:
-    probe = f"import importlib.util, sys; sys.exit(importlib.util.find_spec('{module}') is None)"
-    return subprocess.run([python, "-c", probe], check=False).returncode == 0
+def installed_peers(options: argparse.Namespace) -> set[Peer]:
+    """The peers of the groups whose Python has what they need; the others are named."""
+    found = set()
+    for peer in {model.peer for group in options.groups for model in GROUPS[group] if model.peer}:
+        python = getattr(options, peer.python)
+        probe = f"import importlib.util, sys; sys.exit(importlib.util.find_spec('{peer.module}') is None)"
+        if subprocess.run([python, "-c", probe], check=False).returncode == 0:
+            found.add(peer)
+        else:
+            print(f"{peer.folder} is left out: no {peer.module} in {python}", file=sys.stderr)
+    return found
 
 
 def measure(options: argparse.Namespace) -> Bench:
@@ -253,7 +274,7 @@ def result(bench: Bench, seconds: float) -> dict:
 def bytes_per_token(bench: Bench, model: Model) -> float:
     """Weight bytes that one token must read with 28 layers: the whole file, whose embedding is also the head."""
     few = bench.options.prefill_layers
-    unread = EMBEDDING_BYTES if model.script == "peer_fastllm.py" else 0
+    unread = model.peer.unread if model.peer else 0
     if bench.options.layers >= LAYERS:
         return size_of(bench.stored(model, LAYERS)) - unread
     files = files_of(bench.stored(model, few))
@@ -284,11 +305,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.layers < LAYERS:
         options.prefill_layers = options.layers
-    wanted = {model.script for group in options.groups for model in GROUPS[group] if model.peer}
-    pythons = {"peer_chatglm_cpp.py": options.peer_python, "peer_fastllm.py": options.fastllm_python}
-    options.missing = {name for name in wanted if not has_peer(pythons[name], MODULES[name])}
-    if options.peers and options.missing:
-        print(f"left out, not installed: {[MODULES[name] for name in options.missing]}", file=sys.stderr)
+    options.peers = installed_peers(options) if options.peers else set()
     start = time.perf_counter()
     figures = result(measure(options), 0)
     figures["seconds"] = time.perf_counter() - start
