@@ -1,11 +1,12 @@
 """The products of one ChatGLM-6B layer on this CPU: our kernels, torch's, and the time of only reading the bytes.
 
     python benchmarks/cpu_kernels.py [--rows 1 2 4 128 512] [--runs 9] [--head] [--threads N]
+    python benchmarks/cpu_kernels.py --attention 512 1536 4096
 
 All candidates of one number of rows run alternately in one process, since the memory bandwidth of a machine drifts.
 A time is the sum over the four matrices of a layer (201 million weights) of their medians over the runs. `share` is
 the time of reading the same bytes, in the same run, over the time of the product. Candidates that are far slower than
-the rest run once. Needs 3 GB of memory.
+the rest run once. Needs 3 GB of memory. `--attention` measures the attention of a layer over prompts instead.
 """
 
 from __future__ import annotations
@@ -147,11 +148,43 @@ def report(rows: int, results: list[tuple], weights: int) -> None:
         print(f"| {name:32} | {seconds * 1e3:8.2f} | {size / seconds / 1e9:6.1f} | {share} | {flops:7.0f} |")
 
 
+def attention_times(attention, tokens: int, runs: int) -> list[tuple[str, float]]:
+    """(name, seconds) of the attention of one layer, 32 heads of 128 in bfloat16, as a prompt asks for it.
+
+    Its last position, `<sop>`, is hidden from the context, so PyTorch gets a mask too.
+    """
+    query, key, value = torch.randn(3, 1, 32, tokens, 128).bfloat16()
+    visible = torch.ones(1, 1, tokens, tokens, dtype=torch.bool)
+    visible[..., :-1, -1] = False
+    calls = {
+        "scaled_dot_product_attention": lambda: F.scaled_dot_product_attention(query, key, value, visible),
+        "prompt_attention": lambda: attention.prompt_attention(query, key, value, visible),
+    }
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(runs + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            if call() is not None:
+                times[name].append(time.perf_counter() - start)
+    return [(name, statistics.median(seconds[1:])) for name, seconds in times.items() if seconds]
+
+
+def report_attention(attention, prompts: list[int], runs: int) -> None:
+    print(f"\nattention of a layer, load average {load_average():.1f}")
+    print("| tokens | attention                    |       ms | GFLOP/s |")
+    print("| -----: | ---------------------------- | -------: | ------: |")
+    for tokens in prompts:
+        for name, seconds in attention_times(attention, tokens, runs):
+            flops = 4 * 32 * 128 * tokens**2 / seconds / 1e9
+            print(f"| {tokens:6} | {name:28} | {1e3 * seconds:8.1f} | {flops:7.0f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 128, 512], help="rows of activations")
     parser.add_argument("--runs", type=int, default=9, help="runs, of which the median counts")
     parser.add_argument("--head", action="store_true", help="the output layer instead of one of the 28")
+    parser.add_argument("--attention", type=int, nargs="+", metavar="TOKENS", help="attention over such prompts")
     parser.add_argument("--threads", type=int, help="threads, torch's own choice by default")
     options = parser.parse_args()
     if options.threads:
@@ -159,6 +192,10 @@ def main() -> None:
     torch.manual_seed(0)
     kernels, quantization = package_module("cpu_kernels"), package_module("quantization")
     print(describe())
+    if options.attention:
+        with torch.inference_mode():
+            report_attention(package_module("cpu_attention"), options.attention, options.runs)
+        return
     print("instruction set of our kernels:", kernels.instruction_set() or "none (llvmlite is missing or no AVX2)")
     matrices = [Matrix(*shape) for shape in (HEAD if options.head else LAYER)]
     weights = sum(m.shape[0] * m.shape[1] for m in matrices)
