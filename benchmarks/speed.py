@@ -8,16 +8,17 @@
     python benchmarks/speed.py --peer-python VENV/bin/python     the Python that has chatglm-cpp, if not this one
 
 Makes what it needs in bench_data/ once (make_model.py; 28 layers: 21 GB, chatglm.cpp's files another 10 GB, 22 GB with
-f16). Each model runs in a process of its own. Models of one precision are measured in turn, round by round, with the
-machine's read bandwidth in each round, so that ratios are of one run. Writes JSON, a Markdown table and a plot.
+f16). Each model runs in a process of its own. Models of one precision are measured in turn, figure by figure, or model
+by model where memory does not hold them together (`--layers 12` does, in 16 bit). The machine's read bandwidth drifts:
+it is measured before each, and ratios and shares are medians of what stands side by side in each round. Writes JSON, a
+Markdown table and a plot.
 
-Scaled figures are `one + (layers - 1) / (few - 1) * (time of few layers - one)`, all measured the same way.
+Scaled figures are `one + (layers - 1) / (few - 1) * (time of few layers - one)`, all measured the same way, in turn.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import subprocess
 import sys
@@ -89,7 +90,6 @@ GROUPS = {  # what is measured in turn
     "int8": [
         Model("ours int8", "int8"),
         Model("ours int8, int8 head", "int8-head"),
-        Model("ours int8, int8 head, huge pages", "int8-head", huge_pages=True),
         Model("ours int8, int8 activations", "int8-head", int8_activations=True),
         Model("chatglm.cpp q8_0", "q8_0", peer=CHATGLM_CPP),
     ],
@@ -110,7 +110,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace):
         self.options = options
-        self.bandwidth: dict[str, list[float]] = {}
+        self.reader = machine.ReadBandwidth()
         self.values: dict[str, dict[str, dict[str, list]]] = {}
         self.load: list[float] = []
 
@@ -143,48 +143,59 @@ class Bench:
 
     def keep(self, group: str, model: Model, cell: str, value) -> None:
         self.values.setdefault(group, {}).setdefault(model.name, {}).setdefault(cell, []).append(value)
-        print(f"  {group:14}{model.name:34}{cell:20}{value:.4g}", file=sys.stderr, flush=True)
+        print(f"  {group:14}{model.name:34}{cell:26}{value:.4g}", file=sys.stderr, flush=True)
 
-    def run_group(self, group: str, layers: int, cells: dict[str, tuple[str, dict]], runs: int) -> None:
-        """All models of a group at once, or where memory does not permit that one after the other, in each round."""
+    def run_group(self, group: str, sizes: tuple[int, ...], cells: dict[str, tuple[str, dict]], runs: int) -> None:
+        """All models of a group, with each of these numbers of layers, in turn."""
         prefill = any("prefill" in cell for cell in cells)
-        models = self.models(group, prefill)
-        files = {file.stat().st_ino: file for model in models for file in files_of(self.stored(model, layers))}
-        needed = sum(file.stat().st_size for file in files.values())
-        copied = [model for model in models if model.huge_pages or model.script == "original.py"]
-        needed += sum(size_of(self.stored(model, layers)) for model in copied)
-        spins = any(model.peer and model.peer.spins for model in models)
-        together = needed < 0.7 * machine.memory_total() and not spins
+        lines = [(model, layers) for model in self.models(group, prefill) for layers in sizes]
+        if self.fits(lines):
+            self.run_together(group, lines, cells, runs)
+            return
+        for _ in range(runs):
+            for model, layers in lines:
+                with self.start(model, layers) as worker:
+                    for cell in cells:
+                        self.run_cell(group, model, layers, worker, cell, cells[cell])
+                    self.keep_peak(group, model, layers, worker)
+
+    def run_together(self, group: str, lines: list[tuple[Model, int]], cells, runs: int) -> None:
         with ExitStack() as stack:
-            workers = {m: stack.enter_context(self.start(m, layers)) for m in models} if together else {}
+            workers = {line: stack.enter_context(self.start(*line)) for line in lines}
             for _ in range(runs):
-                for model in models:
-                    if not prefill:  # decoding is what it bounds, and it drifts
-                        self.measure_bandwidth(group)
-                    if together:
-                        self.run_cells(group, layers, model, workers[model], cells)
-                        continue
-                    with self.start(model, layers) as worker:
-                        self.run_cells(group, layers, model, worker, cells)
-                        self.keep(group, model, f"{layers}: peak GB", worker("memory")["peak"] / 1e9)
-            for model, worker in workers.items():
-                self.keep(group, model, f"{layers}: peak GB", worker("memory")["peak"] / 1e9)
+                for cell, call in cells.items():
+                    for line in lines:
+                        self.run_cell(group, *line, workers[line], cell, call)
+            for line in lines:
+                self.keep_peak(group, *line, workers[line])
+
+    def fits(self, lines: list[tuple[Model, int]]) -> bool:
+        """Whether memory holds all of them at once, and none disturbs the others."""
+        stored = {line: files_of(self.stored(*line)) for line in lines}
+        shared = {file.stat().st_ino: file.stat().st_size for files in stored.values() for file in files}
+        copied = [line for line in lines if line[0].huge_pages or line[0].script == "original.py"]
+        needed = sum(shared.values()) + sum(size_of(self.stored(*line)) for line in copied)
+        spins = any(model.peer and model.peer.spins for model, _ in lines)
+        return needed < 0.7 * machine.memory_total() and not spins
 
     def models(self, group: str, prefill: bool = False) -> list[Model]:
         models = [model for model in GROUPS[group] if not model.peer or model.peer in self.options.peers]
         return [model for model in models if not (model.huge_pages if prefill else model.int8_activations)]
 
-    def run_cells(self, group: str, layers: int, model: Model, worker: Remote, cells) -> None:
-        for cell, (method, arguments) in cells.items():
-            seconds = worker(method, **arguments)["seconds"]
-            self.keep(group, model, f"{layers}: {cell}", median(seconds) if isinstance(seconds, list) else seconds)
+    def run_cell(self, group: str, model: Model, layers: int, worker: Remote, cell: str, call: tuple) -> None:
+        method, arguments = call
+        if method == "decode":
+            self.keep(group, model, f"{layers}: bandwidth {cell}", self.bandwidth())
+        seconds = worker(method, **arguments)["seconds"]
+        self.keep(group, model, f"{layers}: {cell}", median(seconds) if isinstance(seconds, list) else seconds)
 
-    def measure_bandwidth(self, group: str) -> None:
-        reader = machine.ReadBandwidth()
-        self.bandwidth.setdefault(group, []).append(max(reader.measure() for _ in range(3)))
+    def keep_peak(self, group: str, model: Model, layers: int, worker: Remote) -> None:
+        self.keep(group, model, f"{layers}: peak GB", worker("memory")["peak"] / 1e9)
+
+    def bandwidth(self) -> float:
+        """Bytes a second, as memory is now."""
         self.load.append(machine.load_average())
-        del reader
-        gc.collect()
+        return max(self.reader.measure() for _ in range(2))
 
     def run_load(self, group: str, layers: int, runs: int) -> None:
         """Reading the files, and load to first token, from the disk (where the system can) and from memory."""
@@ -237,13 +248,13 @@ def measure(options: argparse.Namespace) -> Bench:
     for group in options.groups:
         print(f"{group}: decode", file=sys.stderr)
         few = options.prefill_layers
-        for layers in [options.layers] if options.layers >= LAYERS else [options.layers, 1]:
-            bench.run_group(group, layers, decode_cells(options.contexts, options.steps), options.runs)
+        sizes = (options.layers,) if options.layers >= LAYERS else (options.layers, 1)
+        bench.run_group(group, sizes, decode_cells(options.contexts, options.steps), options.runs)
         print(f"{group}: prefill", file=sys.stderr)
-        for layers in (few, 1):
-            bench.run_group(group, layers, prefill_cells(options.prompts), options.runs)
-        if options.layers >= LAYERS:  # a check of the scaling
-            bench.run_group(group, options.layers, prefill_cells((128,)), 1)
+        sizes = (few,) if few >= LAYERS else (few, 1)
+        bench.run_group(group, sizes, prefill_cells(options.prompts), options.runs)
+        if options.layers >= LAYERS > few:  # a check of the scaling
+            bench.run_group(group, (options.layers,), prefill_cells((128,)), 1)
         print(f"{group}: load", file=sys.stderr)
         bench.run_load(group, options.layers, min(options.runs, 3))
     return bench
@@ -263,7 +274,6 @@ def result(bench: Bench, seconds: float) -> dict:
         "few": options.prefill_layers,
         "seconds": seconds,
         "load_average": [min(bench.load), median(bench.load), max(bench.load)],
-        "bandwidth": bench.bandwidth,
         "bytes_per_token": sizes,
         "cache_bytes_per_token": LAYERS * CACHE_BYTES,
         "groups": {name: [model.name for model in GROUPS[name]] for name in options.groups},

@@ -16,7 +16,7 @@ LINES = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)))  # of one colour
 
 
 class Figures:
-    """Medians of speed.py's JSON, scaled to 28 layers where fewer were measured."""
+    """The rounds of speed.py's JSON, scaled to 28 layers where fewer were measured."""
 
     def __init__(self, figures: dict):
         self.figures = figures
@@ -27,25 +27,27 @@ class Figures:
         pairs = [(group, name) for group, names in self.figures["groups"].items() for name in names if group in groups]
         return [pair for pair in pairs if any(f": {kind} " in cell for cell in groups[pair[0]].get(pair[1], {}))]
 
-    def runs(self, group: str, name: str, cell: str) -> list[float]:
-        return self.figures["values"][group].get(name, {}).get(cell, [])
+    def runs(self, group: str, name: str | None, cell: str) -> list[float]:
+        return self.figures["values"][group].get(name or "", {}).get(cell, [])
 
-    def value(self, group: str, name: str, cell: str, layers: int) -> float | None:
-        """The median; with fewer layers, medians scaled by the layer's own time."""
+    def times(self, group: str, name: str | None, cell: str, layers: int) -> list[float]:
+        """Seconds of each round; with fewer than 28 layers scaled by the layer's own time."""
         runs = self.runs(group, name, f"{layers}: {cell}")
-        if not runs or layers >= LAYERS:
-            return median(runs) if runs else None
-        one = self.runs(group, name, f"1: {cell}")
-        if not one:
-            return None
-        return median(one) + (LAYERS - 1) / (layers - 1) * (median(runs) - median(one))
+        if layers >= LAYERS:
+            return runs
+        ones = self.runs(group, name, f"1: {cell}")
+        return [one + (LAYERS - 1) / (layers - 1) * (run - one) for run, one in zip(runs, ones)]
 
-    def decode(self, group: str, name: str, context: int) -> float | None:
+    def decode(self, group: str, name: str | None, context: int) -> list[float]:
         """Seconds a token."""
-        return self.value(group, name, f"decode {context}", self.figures["layers"])
+        return self.times(group, name, f"decode {context}", self.figures["layers"])
 
-    def prefill(self, group: str, name: str, tokens: int) -> float | None:
-        return self.value(group, name, f"prefill {tokens}", self.figures["few"])
+    def prefill(self, group: str, name: str | None, tokens: int) -> list[float]:
+        return self.times(group, name, f"prefill {tokens}", self.figures["few"])
+
+    def bandwidth(self, group: str, name: str, context: int) -> list[float]:
+        """Bytes a second that memory gave before each of `decode`."""
+        return self.runs(group, name, f"{self.figures['layers']}: bandwidth decode {context}")
 
     def cells(self, kind: str) -> list[int]:
         """Contexts or prompt lengths that were measured."""
@@ -54,9 +56,6 @@ class Figures:
             for cells in models.values():
                 found |= {int(cell.split()[-1]) for cell in cells if f": {kind} " in cell}
         return sorted(found)
-
-    def bandwidth(self, group: str) -> float:
-        return median(self.figures["bandwidth"][group])
 
     def peer(self, group: str) -> str | None:
         return next((name for name in self.figures["groups"][group] if is_peer(name)), None)
@@ -80,13 +79,23 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def middle(values) -> float | None:
+    values = list(values)
+    return median(values) if values else None
+
+
 def number(value: float | None, digits: int = 2) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def ratio(ours: float | None, other: float | None) -> str:
-    """How many times faster than `other` seconds `ours` is."""
-    return "–" if not ours or not other else f"{other / ours:.2f} ×"
+def rate(count: int, seconds: list[float], digits: int = 2) -> str:
+    return number(middle(count / t for t in seconds), digits)
+
+
+def ratio(ours: list[float], others: list[float]) -> str:
+    """How many times faster than `others` (seconds) `ours` are, the median over the rounds."""
+    faster = middle(other / mine for mine, other in zip(ours, others))
+    return "–" if faster is None else f"{faster:.2f} ×"
 
 
 def decode_table(figures: Figures) -> str:
@@ -98,13 +107,14 @@ def decode_table(figures: Figures) -> str:
     for group, name in figures.models("decode"):
         times = {c: figures.decode(group, name, c) for c in contexts}
         peer = figures.peer(group)
-        against = [figures.decode(group, peer, c) if peer and peer != name else None for c in shown]
-        read, bandwidth = figures.bytes(name, 128), figures.bandwidth(group)
-        share = read / times[128] / bandwidth if times.get(128) else None
+        against = {c: figures.decode(group, peer if peer != name else None, c) for c in shown}
+        read, bandwidths = figures.bytes(name, 128), figures.bandwidth(group, name, 128)
+        share = middle(read / t / b for t, b in zip(times.get(128, []), bandwidths))
         rows.append(
-            [name, *(number(1 / t if t else None) for t in times.values())]
-            + [ratio(times[c], other) for c, other in zip(shown, against)]
-            + [number(read / GB), number(bandwidth / GB, 1), "–" if share is None else f"{share:.0%}"]
+            [name, *(rate(1, seconds) for seconds in times.values())]
+            + [ratio(times[c], others) for c, others in against.items()]
+            + [number(read / GB), number(middle(b / GB for b in bandwidths), 1)]
+            + ["–" if share is None else f"{share:.0%}"]
         )
     return table(head, rows)
 
@@ -117,11 +127,11 @@ def prefill_table(figures: Figures) -> str:
     for group, name in figures.models("prefill"):
         times = {p: figures.prefill(group, name, p) for p in prompts}
         peer = figures.peer(group)
-        against = [figures.prefill(group, peer, p) if peer and peer != name else None for p in prompts]
-        row = [name, *(number(p / t if t else None, 1) for p, t in times.items())]
-        row += [ratio(times[p], other) for p, other in zip(prompts, against)]
-        full = figures.value(group, name, "prefill 128", layers) if layers >= LAYERS else None
-        rows.append(row + ([number(128 / full if full else None, 1)] if layers >= LAYERS else []))
+        against = {p: figures.prefill(group, peer if peer != name else None, p) for p in prompts}
+        row = [name, *(rate(p, seconds, 1) for p, seconds in times.items())]
+        row += [ratio(times[p], others) for p, others in against.items()]
+        full = figures.times(group, name, "prefill 128", LAYERS)
+        rows.append(row + ([rate(128, full, 1)] if layers >= LAYERS else []))
     return table(head, rows)
 
 
@@ -130,11 +140,13 @@ def context_table(figures: Figures) -> str:
     rows = []
     for group, name in figures.models("decode"):
         near, far = figures.decode(group, name, 100), figures.decode(group, name, 2000)
-        if near is None or far is None:
+        if not near or not far:
             continue
-        reading = 1900 * figures.figures["cache_bytes_per_token"] / figures.bandwidth(group)
-        times = [number(1e3 * t, 1) for t in (near, far, far - near, reading)]
-        rows.append([name, *times, number((far - near) / reading)])
+        extra = [b - a for a, b in zip(near, far)]
+        cache = 1900 * figures.figures["cache_bytes_per_token"]
+        reading = [cache / bandwidth for bandwidth in figures.bandwidth(group, name, 2000)]
+        times = [number(1e3 * median(values), 1) for values in (near, far, extra, reading)]
+        rows.append([name, *times, number(median(e / r for e, r in zip(extra, reading)))])
     return table(head, rows)
 
 
@@ -146,9 +158,9 @@ def load_table(figures: Figures) -> str:
     for group, name in figures.models("peak"):
         row = [name]
         for how in ("cold", "warm"):
-            times = [figures.runs(group, name, f"{layers}: {how} {what}") for what in ("first token", "read")]
-            first, read = (median(runs) if runs else None for runs in times)
-            row += [number(first), number(read), number(first / read if first and read else None)]
+            first, read = (figures.runs(group, name, f"{layers}: {how} {what}") for what in ("first token", "read"))
+            row += [number(middle(first)), number(middle(read))]
+            row += [number(middle(one / other for one, other in zip(first, read)))]
         peak = figures.runs(group, name, f"{layers}: peak GB")
         rows.append([*row, number(max(peak) if peak else None)])
     return table(head, rows)
@@ -163,7 +175,8 @@ def markdown(figures: Figures) -> str:
         [
             f"`{data['command']}`",
             f"{where['processor']}, {where['threads']} threads, {where['memory_gib']} GiB, torch {where['torch']}, "
-            f"{where['system']}. {scaled}; times of fewer than 28 layers are scaled. Medians of up to {runs} runs; "
+            f"{where['system']}. {scaled}; times of fewer than 28 layers are scaled. Medians of up to {runs} rounds; "
+            "ratios and shares are medians of what stood side by side in each; "
             f"load average {load[0]:.1f} to {load[2]:.1f}, median {load[1]:.1f}; {data['seconds'] / 60:.0f} minutes.",
             decode_table(figures),
             context_table(figures),
@@ -187,7 +200,7 @@ def plot(figures: Figures, file: Path) -> bool:
     drawn: dict[str, int] = {}
     for group, name in figures.models("decode"):
         times = {c: figures.decode(group, name, c) for c in figures.cells("decode")}
-        points = [(c, 1 / t) for c, t in times.items() if t and t > 0]
+        points = [(c, median(1 / t for t in seconds)) for c, seconds in times.items() if seconds]
         peer = is_peer(name)
         style = ":" if peer else LINES[drawn.get(group, 0)]
         drawn[group] = drawn.get(group, 0) + (not peer)

@@ -54,7 +54,7 @@ class Worker:
         if options.compile:
             self.model.forward = torch.compile(self.model.forward, dynamic=True)
         self.model.generation_config.eos_token_id = None  # random weights may end an answer at any token
-        self.contexts: dict[int, tuple] = {}
+        self.cache, self.states = None, []
         loaded = time.perf_counter() - start
         self.prefill(8)
         self.started = {
@@ -94,28 +94,33 @@ class Worker:
         return {"seconds": self.generate(self.prompt(tokens), 1)[1][0]}
 
     def decode(self, context: int, steps: int, prompt: int = 128) -> dict:
-        """Seconds of each of `steps` tokens behind `context` tokens, a prompt and for the rest an answer.
-
-        The answer's keys and values are copies of the prompt's: their numbers do not change the time.
-        """
-        if context not in self.contexts:
-            output, _ = self.generate(self.prompt(min(prompt, context)), 1)
-            self.contexts[context] = self.extended(output.sequences, output.past_key_values, context)
-        ids, cache = self.contexts[context]
-        for layer in cache.layers:  # what the last call appended; Cache.crop counts differently across versions
-            layer.keys, layer.values = layer.keys[:, :, :context], layer.values[:, :, :context]
+        """Seconds of each of `steps` tokens behind `context` tokens, a prompt and for the rest an answer."""
+        ids = self.prompt(min(prompt, context))
+        ids = torch.cat((ids, torch.full((1, context + 1 - ids.shape[1]), 100)), dim=1)
+        cache = self.filled_cache(context, prompt)
         _, seconds = self.generate(ids, steps + 1, past_key_values=cache)
         return {"seconds": seconds[1:]}  # the first pays for setting generate up
 
-    def extended(self, ids: torch.Tensor, cache, context: int) -> tuple[torch.Tensor, object]:
-        """Ids of `context` tokens and one more, and a cache that holds the `context` tokens."""
-        while cache.get_seq_length() < context:
-            more = min(context - cache.get_seq_length(), cache.get_seq_length())
-            for index in range(self.model.config.num_layers):
-                layer = cache.layers[index]
-                cache.update(layer.keys[:, :, :more].clone(), layer.values[:, :, :more].clone(), index)
-        missing = context + 1 - ids.shape[1]
-        return torch.cat((ids, torch.full((1, max(missing, 0)), 100)), dim=1)[:, : context + 1], cache
+    def filled_cache(self, context: int, prompt: int):
+        """A cache of `context` tokens; the answer's keys and values are copies of the prompt's: their numbers do not
+        change the time. All contexts share the memory of the longest."""
+        if self.cache is None:
+            output, _ = self.generate(self.prompt(prompt), 1)
+            self.cache = output.past_key_values
+            self.states = [(layer.keys, layer.values) for layer in self.cache.layers]
+        self.show(None)
+        while self.cache.get_seq_length() < context:
+            more = min(context - self.cache.get_seq_length(), self.cache.get_seq_length())
+            for index, (keys, values) in enumerate(self.states):
+                states = self.cache.update(keys[:, :, :more].clone(), values[:, :, :more].clone(), index)
+                self.states[index] = tuple(states)
+        self.show(context)
+        return self.cache
+
+    def show(self, tokens: int | None) -> None:
+        """Make so many tokens, or all, what the cache holds; its own `crop` counts differently across versions."""
+        for layer, (keys, values) in zip(self.cache.layers, self.states):
+            layer.keys, layer.values = keys[:, :, :tokens], values[:, :, :tokens]
 
 
 def options_of(arguments: list[str]) -> argparse.Namespace:
