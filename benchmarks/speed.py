@@ -9,8 +9,8 @@
 
 Makes what it needs in bench_data/ once (make_model.py; 28 layers: 21 GB, chatglm.cpp's files another 10 GB, 22 GB with
 f16). Each model runs in a process of its own. Models of one precision are measured in turn, figure by figure, or model
-by model where memory does not hold them together (`--layers 12` does, in 16 bit). The machine's read bandwidth drifts:
-it is measured before each, and ratios and shares are medians of what stands side by side in each round. Writes JSON, a
+by model where memory does not hold them together (28 layers in 16 bit). The machine's read bandwidth drifts: it is
+measured before each, and ratios and shares are medians of what stands side by side in each round. Writes JSON, a
 Markdown table and a plot.
 
 Scaled figures are `one + (layers - 1) / (few - 1) * (time of few layers - one)`, all measured the same way, in turn.
