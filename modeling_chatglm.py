@@ -810,7 +810,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     def to_huge_pages(self) -> "ChatGLMForConditionalGeneration":
         """Copies the weights on the CPU from the mapped files to huge pages of the process, where Linux has them.
 
-        Decoding reads them faster there (README.md, "Speed on a CPU"). It takes a second for some GB, and memory that
+        Decoding reads them faster there (README.md, "Speed on a CPU"). It takes seconds for some GB, and memory that
         the system cannot take back, unlike that of a mapped file.
 
         Returns:

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from machine import resident_memory
 from make_model import ROOT
-from remote import serve
+from remote import DECODE_PROMPT, serve
 from safetensors import safe_open
 from torch import Tensor, nn
 from worker import options_of
@@ -222,9 +222,9 @@ class Worker:
     def prefill(self, tokens: int) -> dict:
         return {"seconds": self.model.generate(self.prompt(tokens), 1)[2][0]}
 
-    def decode(self, context: int, steps: int, prompt: int = 128) -> dict:
+    def decode(self, context: int, steps: int) -> dict:
         """As worker.py's: the answer's keys and values are copies of the prompt's."""
-        ids, past, _ = self.model.generate(self.prompt(min(prompt, context)), 1)
+        ids, past, _ = self.model.generate(self.prompt(min(DECODE_PROMPT, context)), 1)
         repeats = -(-context // past[0][0].shape[0])
         past = [tuple(x.repeat(repeats, 1, 1, 1)[:context] for x in layer) for layer in past]
         ids = torch.cat((ids, torch.full((1, context + 1 - ids.shape[1]), 100)), dim=1)

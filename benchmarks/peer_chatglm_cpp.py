@@ -17,7 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from machine import resident_memory
-from remote import run_peer
+from remote import DECODE_PROMPT, run_peer
 
 LENGTH = 2048  # tokens that its cache is made for
 HEAD, EMBEDDING = "lm_head.weight", "transformer.word_embeddings.weight"
@@ -50,13 +50,13 @@ class Worker:
         ids = [100 + 37 * index % 90000 for index in range(tokens - 2)] + [130001, 130004]
         return {"seconds": self.next_token(ids, 0, tokens)[1]}
 
-    def decode(self, context: int, steps: int, prompt: int = 128) -> dict:
+    def decode(self, context: int, steps: int) -> dict:
         """Seconds of each of `steps` tokens behind `context` tokens; what the cache holds does not change the time."""
         ids = [100 + index for index in range(context)]
         seconds = []
         for _ in range(steps + 1):
             ids.append(100)
-            token, time_taken = self.next_token(ids, len(ids) - 1, min(prompt, context))
+            token, time_taken = self.next_token(ids, len(ids) - 1, min(DECODE_PROMPT, context))
             ids[-1] = token
             seconds.append(time_taken)
         return {"seconds": seconds[1:]}

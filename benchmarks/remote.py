@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+DECODE_PROMPT = 128  # tokens of the prompt in a worker's `decode`; what comes behind counts as an answer
+
 
 class Remote:
     """Calls methods of a worker in another process: `remote("decode", context=128)`."""

@@ -1,17 +1,16 @@
 """Speed and memory of the full-size model in 16 bit, INT8 and INT4, side by side with chatglm.cpp where installed.
 
-    python benchmarks/speed.py                  decode with all 28 layers, prefill scaled from 4 (about 20 minutes)
-    python benchmarks/speed.py --layers 4       everything scaled from 4 layers and 1 (a few minutes)
+    python benchmarks/speed.py                  decode with all 28 layers, prefill from 4 (35 minutes with chatglm.cpp)
+    python benchmarks/speed.py --layers 4       everything scaled from 4 layers and 1 (4 minutes a group)
     python benchmarks/speed.py --prefill-layers 28 --groups original-bf16 --prompts 128 512 --contexts 128 1024
                                                 beside the official code's way to compute (original.py)
     python benchmarks/speed.py --layers 4 --groups fastllm-int4 --fastllm-python VENV/bin/python   with ftllm in it
     python benchmarks/speed.py --peer-python VENV/bin/python     the Python that has chatglm-cpp, if not this one
 
-Makes what it needs in bench_data/ once (make_model.py; 28 layers: 21 GB, chatglm.cpp's files another 10 GB, 22 GB with
-f16). Each model runs in a process of its own. Models of one precision are measured in turn, figure by figure, or model
-by model where memory does not hold them together (28 layers in 16 bit). The machine's read bandwidth drifts: it is
-measured before each, and ratios and shares are medians of what stands side by side in each round. Writes JSON, a
-Markdown table and a plot.
+Makes what it needs in bench_data/ once (make_model.py; the three groups with chatglm.cpp: 54 GB). Each model runs in a
+process of its own. Models of one precision are measured in turn, figure by figure, or model by model where memory does
+not hold them together (28 layers in 16 bit). The machine's read bandwidth drifts: it is measured before each, and
+ratios and shares are medians of what stands side by side in each round. Writes JSON, a Markdown table and a plot.
 
 Scaled figures are `one + (layers - 1) / (few - 1) * (time of few layers - one)`, all measured the same way, in turn.
 """
@@ -47,7 +46,7 @@ class Peer(NamedTuple):
     module: str  # that it needs
     python: str  # the option that names a Python with it
     unread: int = 0  # bytes of its files that no token reads
-    spins: bool = False  # its threads are busy even between requests: nothing runs beside it
+    spins: bool = False  # its threads are busy even between requests: nothing runs beside it, its bandwidth is too low
 
 
 CHATGLM_CPP = Peer("chatglm.cpp", "peer_chatglm_cpp.py", "chatglm_cpp", "peer_python")
@@ -155,8 +154,8 @@ class Bench:
         for _ in range(runs):
             for model, layers in lines:
                 with self.start(model, layers) as worker:
-                    for cell in cells:
-                        self.run_cell(group, model, layers, worker, cell, cells[cell])
+                    for cell, call in cells.items():
+                        self.run_cell(group, model, layers, worker, cell, call)
                     self.keep_peak(group, model, layers, worker)
 
     def run_together(self, group: str, lines: list[tuple[Model, int]], cells, runs: int) -> None:

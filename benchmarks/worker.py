@@ -16,7 +16,7 @@ START = time.perf_counter()
 
 import torch  # noqa: E402
 from machine import resident_memory  # noqa: E402
-from remote import serve  # noqa: E402
+from remote import DECODE_PROMPT, serve  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModel,
     GenerationMixin,  # noqa: F401  a slow import that is not part of loading a model
@@ -93,19 +93,19 @@ class Worker:
     def prefill(self, tokens: int) -> dict:
         return {"seconds": self.generate(self.prompt(tokens), 1)[1][0]}
 
-    def decode(self, context: int, steps: int, prompt: int = 128) -> dict:
+    def decode(self, context: int, steps: int) -> dict:
         """Seconds of each of `steps` tokens behind `context` tokens, a prompt and for the rest an answer."""
-        ids = self.prompt(min(prompt, context))
+        ids = self.prompt(min(DECODE_PROMPT, context))
         ids = torch.cat((ids, torch.full((1, context + 1 - ids.shape[1]), 100)), dim=1)
-        cache = self.filled_cache(context, prompt)
+        cache = self.filled_cache(context)
         _, seconds = self.generate(ids, steps + 1, past_key_values=cache)
         return {"seconds": seconds[1:]}  # the first pays for setting generate up
 
-    def filled_cache(self, context: int, prompt: int):
+    def filled_cache(self, context: int):
         """A cache of `context` tokens; the answer's keys and values are copies of the prompt's: their numbers do not
         change the time. All contexts share the memory of the longest."""
         if self.cache is None:
-            output, _ = self.generate(self.prompt(prompt), 1)
+            output, _ = self.generate(self.prompt(DECODE_PROMPT), 1)
             self.cache = output.past_key_values
             self.states = [(layer.keys, layer.values) for layer in self.cache.layers]
         self.show(None)
