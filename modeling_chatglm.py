@@ -15,22 +15,19 @@ R position rows (2 or 1), V vocabulary.
 import functools
 import inspect
 import os
-import threading
-from collections.abc import Iterator
 from typing import Any, NamedTuple, Optional, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import checkpoint
-from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 # All files of the package: transformers before 5 copies only those that this one imports itself.
-from .chat import Answer, FiniteScores, Rounds, TokenTap, process_response, with_round
+from .chat import ChatMixin
 from .configuration_chatglm import ChatGLMConfig
 from .cpu_attention import prompt_attention
 from .cpu_decode import decode_step
@@ -618,7 +615,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         return position_ids
 
 
-class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
+class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, GenerationMixin):
     """ChatGLM with its language-model head: generation, chat, quantization.
 
     Example:
@@ -825,134 +822,6 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     def quantize(self, bits: int, group_size: int = 0, quantize_head: Union[bool, int] = False, **kwargs):
         """Replaces the linear layers by INT8 or INT4 ones, in place; see quantization.quantize_model."""
         return quantize_model(self, bits, group_size=group_size, quantize_head=quantize_head, **kwargs)
-
-    # --- chat ----------------------------------------------------------------------------------------------------
-
-    def process_response(self, response: str) -> str:
-        """The official clean-up of an answer; see chat.process_response."""
-        return process_response(response)
-
-    @torch.no_grad()
-    def chat(
-        self,
-        tokenizer,
-        query: str,
-        history: Optional[list] = None,
-        max_length: int = 2048,
-        num_beams: int = 1,
-        do_sample: bool = True,
-        top_p: float = 0.7,
-        temperature: float = 0.95,
-        logits_processor: Optional[LogitsProcessorList] = None,
-        stop: Optional[list[str]] = None,
-        answer_room: Optional[int] = None,
-        **kwargs,
-    ) -> tuple[str, list]:
-        """Answers `query` after `history`.
-
-        Args:
-            history: earlier rounds as (query, answer) pairs, or role/content messages; not changed.
-            max_length: tokens of prompt and answer together (or give max_new_tokens).
-            stop: texts that end the answer; the answer is cut before them.
-            answer_room: tokens to keep free for the answer: the oldest rounds are left out of the prompt until they
-                are. Without it a prompt that fills `max_length` is an error.
-            kwargs: anything that transformers' `generate` takes.
-
-        Returns:
-            the answer, and a new history with this round added in the form that `history` had.
-
-        Raises:
-            ValueError: no room under max_length; scores that are not finite.
-        """
-        kwargs.update(do_sample=do_sample, top_p=top_p, temperature=temperature, num_beams=num_beams)
-        rounds = Rounds(tokenizer, query, history, answer_room)
-        prompt, arguments = self._chat_arguments(rounds, max_length, logits_processor, kwargs)
-        answer = Answer(tokenizer, prompt.shape[1], self.process_response, stop)
-        arguments["stopping_criteria"].append(answer)
-        output = self.generate(input_ids=prompt, **arguments)
-        output = output if torch.is_tensor(output) else output.sequences
-        response = answer.text(output[0], finished=True)
-        return response, with_round(history, query, response)
-
-    @torch.no_grad()
-    def stream_chat(
-        self,
-        tokenizer,
-        query: str,
-        history: Optional[list] = None,
-        max_length: int = 2048,
-        do_sample: bool = True,
-        top_p: float = 0.7,
-        temperature: float = 0.95,
-        logits_processor: Optional[LogitsProcessorList] = None,
-        stop: Optional[list[str]] = None,
-        answer_room: Optional[int] = None,
-        **kwargs,
-    ) -> Iterator[tuple[str, list]]:
-        """As `chat`, but yields (answer so far, history) after each token; the last pair is what `chat` returns.
-
-        Closing the generator (or leaving its loop) ends the generation.
-        """
-        kwargs.update(do_sample=do_sample, top_p=top_p, temperature=temperature)
-        rounds = Rounds(tokenizer, query, history, answer_room)
-        prompt, arguments = self._chat_arguments(rounds, max_length, logits_processor, kwargs)
-        answer = Answer(tokenizer, prompt.shape[1], self.process_response, stop)
-        arguments["stopping_criteria"].append(answer)
-        shown, ids = None, prompt
-        for ids in self.stream_generate(prompt, **arguments):
-            shown = answer.text(ids[0], finished=False)
-            yield shown, with_round(history, query, shown)
-        response = answer.text(ids[0], finished=True)
-        if response != shown:
-            yield response, with_round(history, query, response)
-
-    @torch.no_grad()
-    def stream_generate(
-        self,
-        input_ids: Tensor,
-        generation_config=None,
-        logits_processor: Optional[LogitsProcessorList] = None,
-        stopping_criteria: Optional[StoppingCriteriaList] = None,
-        prefix_allowed_tokens_fn=None,
-        **kwargs,
-    ) -> Iterator[Tensor]:
-        """Runs `generate` and yields the ids so far, [B, n], after each token, the last included (no beams).
-
-        The generation runs in a thread of its own, which ends when this generator does.
-        """
-        if (kwargs.get("num_beams") or 1) > 1:
-            raise ValueError(f"num_beams = {kwargs['num_beams']}: beams cannot be streamed; use chat() or generate()")
-        tap = TokenTap()
-        arguments = dict(kwargs, input_ids=input_ids, logits_processor=logits_processor or LogitsProcessorList())
-        arguments["stopping_criteria"] = StoppingCriteriaList([*(stopping_criteria or []), tap])
-        optional = {"generation_config": generation_config, "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn}
-        arguments.update({name: value for name, value in optional.items() if value is not None})
-        thread = threading.Thread(target=tap.run, args=(self.generate, arguments), daemon=True)
-        thread.start()
-        try:
-            yield from tap
-        finally:
-            tap.stopped = True
-            thread.join()
-
-    def _chat_arguments(self, rounds: Rounds, max_length: int, logits_processor, options: dict[str, Any]):
-        """Prompt ids [1, S] and the arguments of `generate` for one round of chat."""
-        if options.get("max_new_tokens") is not None:
-            max_length = None
-        trimmed = self.config.max_sequence_length if rounds.answer_room is not None else None
-        ids = rounds.prompt_within(trimmed if max_length is None else max_length)
-        if max_length is not None:
-            options["max_length"] = max_length
-        if not options["do_sample"]:  # generate would warn that they have no effect
-            options = {name: value for name, value in options.items() if name not in ("top_p", "temperature", "top_k")}
-        else:
-            own = getattr(getattr(self, "generation_config", None), "top_k", None)
-            options.setdefault("top_k", own or 50)  # the default of the transformers that the original ran on
-        prompt = torch.tensor([ids], device=self.device)
-        options["attention_mask"] = torch.ones_like(prompt)
-        options["logits_processor"] = LogitsProcessorList([*(logits_processor or []), FiniteScores()])
-        options["stopping_criteria"] = StoppingCriteriaList(options.get("stopping_criteria") or [])
-        return prompt, options
 
 
 def shifted_cross_entropy(logits: Tensor, labels: Tensor, num_items: Optional[int] = None) -> Tensor:
