@@ -28,6 +28,7 @@ from transformers.utils import logging
 
 # All files of the package: transformers before 5 copies only those that this one imports itself.
 from .chat import ChatMixin
+from .compat import Past, as_cache, cached_length, fixed_length, is_tracing
 from .configuration_chatglm import ChatGLMConfig
 from .cpu_attention import prompt_attention
 from .cpu_decode import decode_step
@@ -41,7 +42,6 @@ from .cpu_step_ir import STEPS  # noqa: F401
 from .cuda_kernels import linear as cuda_linear  # noqa: F401
 from .huge_pages import move_to_huge_pages
 from .int4 import pack_int4  # noqa: F401
-from .kv_cache import Past, as_cache, cached_length, fixed_length, is_tracing
 from .quantization import (
     Linear,
     QuantizedEmbedding,

@@ -25,7 +25,7 @@ from speed_report import table
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = {"16": 13, "int8": 10, "int4": 6}
 GB = 1e9
-CACHE_STEP = 256  # kv_cache.CHUNK
+CACHE_STEP = 256  # compat.CHUNK
 
 
 def weight_bytes(config: dict, bits: int, quantize_head: bool) -> int:

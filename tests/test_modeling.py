@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from chatglm_slim import cpu_kernels, modeling_chatglm
+from chatglm_slim.compat import GrowingCache, as_cache
 from chatglm_slim.configuration_chatglm import ChatGLMConfig
-from chatglm_slim.kv_cache import GrowingCache, as_cache
 from chatglm_slim.modeling_chatglm import (
     ChatGLMForConditionalGeneration,
     TokenKinds,

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as modules_of_torch
 
+from .compat import cached_states, grows_in_place, reserve
 from .cpu_kernel_ir import CHUNK, LARGEST_HEAD, Arguments, Variant
 from .cpu_kernels import (
     GEMV_ROWS,
@@ -52,7 +53,6 @@ from .cpu_runtime import (
     scratch_size,
 )
 from .cpu_step_ir import attention_scratch
-from .kv_cache import cached_states, grows_in_place, reserve
 from .quantization import Linear, QuantizedLinear
 
 PARTS = ("input_layernorm", "attention", "post_attention_layernorm", "mlp")
