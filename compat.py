@@ -6,10 +6,12 @@ reordering, batching) stays the base class's, because it only ever sees the view
 classes: a minimal stand-in serves there.
 """
 
+import dataclasses
 from typing import Optional
 
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 try:  # 4.36
     from transformers.cache_utils import DynamicCache
@@ -35,6 +37,8 @@ try:  # 4.54
 except ImportError:
     DynamicLayer = None
 
+# What generate calls the cache, in its arguments and in outputs: "past_key_values" before 5.24, "cache" since then.
+CACHE_NAME = "cache" if "cache" in {f.name for f in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
 CHUNK = 256  # tokens of room that a full buffer grows by: 112 MiB for the 6B model in 16 bit
 
 
@@ -139,6 +143,14 @@ def grow_in_place(cache: DynamicCache) -> None:
     """Gives an empty DynamicCache, such as `generate` makes, layers that append in place."""
     cache.layer_class_to_replicate = GrowingLayer
     cache.layers[:] = [GrowingLayer() for _ in cache.layers]
+
+
+def one_of(*caches):
+    """The cache among the arguments that different versions give it in; None where there is none."""
+    given = [cache for cache in caches if cache is not None]
+    if any(cache is not given[0] for cache in given):
+        raise ValueError("two different caches, as past_key_values and as cache: give one")
+    return given[0] if given else None
 
 
 def as_cache(past):

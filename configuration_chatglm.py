@@ -46,7 +46,7 @@ class ChatGLMConfig(PretrainedConfig):
     """
 
     model_type = "chatglm"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map = {
         "num_hidden_layers": "num_layers",
         "num_key_value_heads": "num_attention_heads",

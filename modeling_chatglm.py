@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 # All files of the package: transformers before 5 copies only those that this one imports itself.
 from .chat import ChatMixin
-from .compat import Past, as_cache, cached_length, fixed_length, is_tracing
+from .compat import CACHE_NAME, Past, as_cache, cached_length, fixed_length, is_tracing, one_of
 from .configuration_chatglm import ChatGLMConfig
 from .cpu_attention import prompt_attention
 from .cpu_decode import decode_step
@@ -331,7 +331,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GLMBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_cache_class = True  # 4.36 to 4.5x ask for it
     _supports_static_cache = True
@@ -470,6 +470,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         output_attentions: Optional[bool] = None,
         output_hidden_states: Optional[bool] = None,
         return_dict: Optional[bool] = None,
+        cache=None,
         **kwargs,
     ) -> Union[tuple, BaseModelOutputWithPast]:
         """
@@ -478,7 +479,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             position_ids: [B, 2, S] ([B, S] for 1-D models); derived when absent.
             attention_mask: [B, K] with 0 for padding, or the official bool mask [B, 1, S, K] with True for *hidden*;
                 derived when absent (leading pad tokens are padding).
-            past_key_values: a Cache, or (keys, values) per layer, [B, H, K - S, D] each; new tokens are causal.
+            past_key_values, or cache: a Cache, or (keys, values) per layer, [B, H, K - S, D] each; new tokens are
+                causal. transformers 5.24 renamed the one to the other, in the output too; both serve everywhere.
 
         Returns:
             last_hidden_state [B, S, hidden]; hidden_states: the embeddings, then the output of each block, the last
@@ -496,7 +498,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         use_cache = self.config.use_cache if use_cache is None else use_cache
         use_cache = use_cache and not (self.gradient_checkpointing and self.training)
         hidden = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = as_cache(past_key_values) if use_cache or past_key_values is not None else None
+        given = one_of(past_key_values, cache)
+        cache = as_cache(given) if use_cache or given is not None else None
         seen, prefix = self._start(cache, hidden)
         position_ids, visible = self._place(input_ids, hidden, position_ids, attention_mask, cache, seen)
         rows = position_ids.shape[1]
@@ -510,7 +513,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             last = hidden_states[-1]
         output = BaseModelOutputWithPast(
             last_hidden_state=last,
-            past_key_values=cache if use_cache else None,
+            **{CACHE_NAME: cache if use_cache else None},
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
@@ -677,6 +680,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         output_hidden_states: Optional[bool] = None,
         return_dict: Optional[bool] = None,
         logits_to_keep: Union[int, Tensor] = 0,
+        cache=None,
         **kwargs,
     ) -> Union[tuple, CausalLMOutputWithPast]:
         """Inputs as ChatGLMModel.forward.
@@ -692,7 +696,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
             input_ids=input_ids,
             position_ids=position_ids,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            past_key_values=one_of(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_attentions=output_attentions,
@@ -708,7 +712,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=output.past_key_values,
+            **{CACHE_NAME: output.get(CACHE_NAME)},
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
@@ -725,6 +729,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         position_ids: Optional[Tensor] = None,
         use_cache: Optional[bool] = None,
         past=None,
+        cache=None,
         **kwargs,
     ) -> dict[str, Any]:
         """Overridden for the 2-D positions and the prefix mask. `input_ids` is the whole text so far."""
@@ -733,10 +738,10 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
                 f"attention_mask of shape {tuple(attention_mask.shape)}: generate() takes a 2-D mask [batch, length] "
                 "with 0 for padding, as the tokenizer returns it; only forward() takes the official 4-D masks"
             )
-        past_key_values = past_key_values if past_key_values is not None else past  # 4.25 and earlier
-        cache = as_cache(past_key_values) if past_key_values is not None else None
+        given = one_of(past_key_values, cache, past)  # 4.25 and earlier, 4.26 to 5.23, 5.24 and later
+        cache = None if given is None else as_cache(given)
         seen = max(int(cached_length(cache)) - self.transformer.prefix_length, 0)
-        inputs = {"past_key_values": cache, "attention_mask": attention_mask, "use_cache": use_cache}
+        inputs = {CACHE_NAME: cache, "attention_mask": attention_mask, "use_cache": use_cache}
         for name in ("output_attentions", "output_hidden_states", "logits_to_keep"):
             if kwargs.get(name) is not None:
                 inputs[name] = kwargs[name]

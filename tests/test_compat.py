@@ -7,6 +7,7 @@ and says which one is missing.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import json
@@ -24,7 +25,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 ENTRY_FILES = ("modeling_chatglm.py", "tokenization_chatglm.py")
@@ -157,6 +158,20 @@ def generated(model, case: dict, **options) -> list[list[int]]:
     return model.generate(torch.tensor(case["input_ids"]), **{**settings, **options}).tolist()
 
 
+@contextlib.contextmanager
+def embedded(model):
+    """The ids [B, S] of each call of the embedding while this lasts."""
+    seen: list[torch.Tensor] = []
+    hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    yield seen
+    hook.remove()
+
+
+def assert_each_token_was_embedded_once(seen: list[torch.Tensor], rows: int, prompt: int) -> None:
+    """The prompt at once, then one token a step; what was cached is never computed again."""
+    assert [tuple(ids.shape) for ids in seen] == [(rows, prompt)] + [(rows, 1)] * (len(seen) - 1)
+
+
 def layers_of(cache) -> tuple:
     """Any version's cache as the legacy tuple: (keys, values) [B, H, T, D] for each layer."""
     if hasattr(cache, "layers"):
@@ -249,6 +264,54 @@ def test_stream_chat(name, talker_model, base_tokenizer, cases):
     assert len(parts) > 2
     assert parts[-1][0] == case["response"]
     assert not any("\ufffd" in response for response, _ in parts)
+
+
+WAYS = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "top_k": 0},
+    "beams": {"do_sample": False, "num_beams": 3},
+    "beam_sampling": {"do_sample": True, "num_beams": 2},
+    "several_answers": {"do_sample": True, "num_return_sequences": 2},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_token_is_embedded_once(way, base_model, cases):
+    ids, new = torch.tensor(cases["base2d", "greedy0"]["input_ids"]), 7
+    rows = max(WAYS[way].get("num_beams", 1), WAYS[way].get("num_return_sequences", 1))
+    with embedded(base_model) as seen:
+        base_model.generate(ids, **WAYS[way], min_length=ids.shape[1] + new, max_length=ids.shape[1] + new)
+    assert_each_token_was_embedded_once(seen, rows, ids.shape[1])
+    assert sum(ids.shape[1] for ids in seen) == ids.shape[1] + new - 1  # nothing follows the last one
+
+
+def test_each_token_of_a_padded_batch_is_embedded_once(base_model, cases):
+    batch = torch.tensor(cases["base2d", "batch_greedy"]["input_ids"])
+    with embedded(base_model) as seen:
+        generated(base_model, cases["base2d", "batch_greedy"], attention_mask=(batch != 3).long())
+    assert len(seen) > 3
+    assert_each_token_was_embedded_once(seen, *batch.shape)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_each_token_of_a_chat_is_embedded_once(streams, talker_model, base_tokenizer, cases):
+    case = cases["chat2d", "single0"]
+    with embedded(talker_model) as seen:
+        chat = talker_model.stream_chat if streams else talker_model.chat
+        answer = chat(base_tokenizer, case["query"], **case["kwargs"])
+        response = list(answer)[-1][0] if streams else answer[0]
+    assert response == case["response"] and len(seen) > 3
+    assert_each_token_was_embedded_once(seen, 1, len(case["input_ids"]))
+
+
+def test_each_token_behind_a_prefix_is_embedded_once(base, cases):
+    config = AutoConfig.from_pretrained(str(base), trust_remote_code=True, pre_seq_len=3)
+    model = load(base, config=config)
+    ids = torch.tensor(cases["base2d", "greedy0"]["input_ids"])
+    with embedded(model) as seen:
+        model.generate(ids, do_sample=False, min_length=ids.shape[1] + 5, max_length=ids.shape[1] + 5)
+    assert len(seen) == 5
+    assert_each_token_was_embedded_once(seen, *ids.shape)
 
 
 def test_left_padded_batch_equals_single_prompts(base_model, cases):
@@ -364,7 +427,9 @@ def test_static_cache(base_model, cases):
     needs_static_cache(base_model)
     for name in ("greedy0", "history_greedy"):
         case = cases["base2d", name]
-        assert generated(base_model, case, cache_implementation="static") == case["output_ids"]
+        with embedded(base_model) as seen:
+            assert generated(base_model, case, cache_implementation="static") == case["output_ids"]
+        assert_each_token_was_embedded_once(seen, 1, len(case["input_ids"][0]))
 
 
 def test_fullgraph_compiled_decoding(base, cases):
@@ -385,17 +450,28 @@ def test_fullgraph_compiled_decoding(base, cases):
     assert 1 <= graphs.frame_count <= 2  # the first step may have a graph of its own
 
 
+def assert_prompt_was_embedded_once(model, seen: list[torch.Tensor]) -> None:
+    """Candidates that were rejected are computed again in their right form; <sop> and what precedes it never is."""
+    assert len(seen) > 2
+    assert sum(int((ids == model.config.bos_token_id).sum()) for ids in seen) == 1
+
+
 def test_assisted_decoding(base_model, talker_model, cases):
     needs(any("assisted_decoding" in name for name in dir(base_model)), "assisted decoding")
     case = cases["base2d", "greedy1"]
-    assert generated(base_model, case, assistant_model=talker_model) == case["output_ids"]
+    with embedded(base_model) as seen:
+        assert generated(base_model, case, assistant_model=talker_model) == case["output_ids"]
+    assert_prompt_was_embedded_once(base_model, seen)
 
 
 def test_prompt_lookup_decoding(base_model, cases):
     options = getattr(transformers, "GenerationConfig", object)()
     needs(hasattr(options, "prompt_lookup_num_tokens"), "prompt lookup")
     case = cases["base2d", "greedy2"]
-    assert generated(base_model, case, prompt_lookup_num_tokens=3) == case["output_ids"]
+    with embedded(base_model) as seen:
+        assert generated(base_model, case, prompt_lookup_num_tokens=3) == case["output_ids"]
+    assert_prompt_was_embedded_once(base_model, seen)
+    assert all(ids.shape[1] <= 1 + 3 for ids in seen[1:])
 
 
 def test_text_generation_pipeline(talker_model, base_tokenizer, cases):
