@@ -95,15 +95,16 @@ def best_device() -> str:
 
 
 def describe(model: torch.nn.Module) -> str:
-    """One line: layers, width, precision, device, and the memory that the weights take."""
+    """One line: the code's version, layers, width, precision, device, and the memory that the weights take."""
     config = model.config
+    version = getattr(sys.modules[type(config).__module__], "CODE_VERSION", "1")  # of the folder's code, which runs
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     precision = str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch.")
     if config.quantization_bit:
         precision = f"INT{config.quantization_bit} + {precision}"
     return (
-        f"{config.num_layers} layers of {config.hidden_size}, {config.vocab_size} tokens, {precision}, "
-        f"{size / 1e6:,.1f} MB of weights on {model.device}"
+        f"code {version}, {config.num_layers} layers of {config.hidden_size}, {config.vocab_size} tokens, "
+        f"{precision}, {size / 1e6:,.1f} MB of weights on {model.device}"
     )
 
 

@@ -1,15 +1,18 @@
-"""The files of the model's code, for the scripts of this repository: which they are, and how to import one."""
+"""The files of the model's code, for the scripts of this repository: which they are, how to copy and import them."""
 
 from __future__ import annotations
 
 import ast
 import importlib
+import json
+import shutil
 import sys
 import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 ENTRY_FILES = ("configuration_chatglm.py", "tokenization_chatglm.py", "modeling_chatglm.py")
+SETTINGS = ("tokenizer_config.json", "chat_template.jinja")  # that go with the code, whatever the weights
 
 
 def package_files() -> list[Path]:
@@ -30,6 +33,22 @@ def package_files() -> list[Path]:
                 modules = [node.module] if node.module else [alias.name for alias in node.names]
                 names += [f"{module.split('.')[0]}.py" for module in modules]
     return sorted(found.values())
+
+
+def copy_package(folder: Path) -> list[str]:
+    """Makes `folder` a model's folder of this code but for config, vocabulary and weights; the names of the files.
+
+    A config.json that is there is told the version of the code beside it.
+    """
+    names = [*(path.name for path in package_files()), *SETTINGS]
+    for name in names:
+        shutil.copyfile(ROOT / name, folder / name)
+    if (folder / "config.json").is_file():
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config["code_version"] = package_module("configuration_chatglm").CODE_VERSION
+        text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
+        (folder / "config.json").write_text(text, encoding="utf-8")
+    return names
 
 
 def package_module(name: str) -> types.ModuleType:

@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from package import package_files
+from package import copy_package
 from tokenization_chatglm import _spell_whitespace, complete_sentencepiece
 
 ROOT = Path(__file__).resolve().parent
@@ -163,9 +163,7 @@ def train_sentencepiece(dialogues: list[dict[str, Any]]) -> bytes:
 
 def sync_code(folder: Path) -> list[str]:
     """Copies the package's code into `folder`, and removes from `tiny/` code files that the package no longer has."""
-    files = [path.name for path in package_files()]
-    for name in [*files, "tokenizer_config.json", "chat_template.jinja"]:
-        shutil.copyfile(ROOT / name, folder / name)
+    files = copy_package(folder)
     if folder.resolve() == TINY:
         for stale in {path.name for path in folder.glob("*.py")}.difference(files):
             (folder / stale).unlink()

@@ -27,7 +27,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from package import package_files, package_module  # noqa: E402
+from package import copy_package, package_module  # noqa: E402
 
 DATA = ROOT / "bench_data"
 KINDS = {  # name: bits of the layers and of the head, 0 for 16
@@ -170,11 +170,9 @@ def share_file(source: Path, target: Path) -> None:
 
 
 def copy_code(folder: Path) -> None:
-    """The package's Python files, and what a tokenizer needs."""
-    for path in package_files():
-        shutil.copyfile(path, folder / path.name)
-    for name in ("tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
-        shutil.copyfile(ROOT / name, folder / name)
+    """The package, and a stand-in for the vocabulary."""
+    copy_package(folder)
+    shutil.copyfile(ROOT / "generation_config.json", folder / "generation_config.json")
     shutil.copyfile(ROOT / "tests" / "golden" / "tiny_sp.model", folder / "ice_text.model")
 
 

@@ -3,16 +3,32 @@
 Two things are unusual. The residual stream carries the *normalised* input times `residual_scale`, which is √56 for any
 depth, because the original code always computes √(2·28). And checkpoints of the first release still hold 20,000
 image-token rows in front of the text vocabulary: `num_image_tokens` tells which kind a configuration describes.
+Every field is checked for its type as well as its value, so that "false" or 2.5 from a file is an error here and not a
+wrong model later. Keys that are not ours stay as transformers keeps them.
 """
+
+import functools
+import logging
+import math
+import re
 
 from transformers.configuration_utils import PretrainedConfig
 
+logger = logging.getLogger(__name__)
+
+CODE_VERSION = "2.0.0"  # of all code files of a folder; written into its config.json as `code_version`
 IMAGE_TOKENS = 20000  # rows that the first release reserved in front of every text token
-QUANTIZATION_BITS = (0, 4, 8)
+MASK, GMASK, SOP, EOP, PAD = 130000, 130001, 130004, 130005, 3  # ids in the released slim vocabulary
 GROUP_SIZES = (0, 32, 64, 128)
-# The last 8 pieces before <|tab|> have fixed places relative to <sop> in every vocabulary (ice_text.model).
-MASK_BEFORE_SOP, GMASK_BEFORE_SOP = 4, 3
+CHOICES = {"quantization_bit": (0, 4, 8), "quantization_group_size": GROUP_SIZES}
+CHOICES["quantize_head"] = (False, True, 0, 4, 8)
 LATER_GENERATIONS = ("multi_query_attention", "padded_vocab_size", "ffn_hidden_size", "kv_channels", "rmsnorm")
+# field: the largest value that is not a mistake
+SIZES = {"vocab_size": 2**24, "hidden_size": 2**20, "num_layers": 2**12, "num_attention_heads": 2**16}
+SIZES.update({"inner_hidden_size": 2**22, "max_sequence_length": 2**31 - 1})
+FACTORS = {"layernorm_epsilon": "1e-5", "residual_scale": "sqrt(56)"}  # field: what the released models use
+SWITCHES = ("use_cache", "position_encoding_2d", "prefix_projection", "quantize_activations", "tie_word_embeddings")
+IDS = ("bos_token_id", "eos_token_id", "mask_token_id", "gmask_token_id", "pad_token_id")
 
 
 class ChatGLMConfig(PretrainedConfig):
@@ -23,7 +39,7 @@ class ChatGLMConfig(PretrainedConfig):
         hidden_size, num_layers, num_attention_heads, inner_hidden_size: the usual widths; heads must divide
             `hidden_size`, and the head size must be a multiple of 4 (2-D rotary) or 2 (1-D).
         layernorm_epsilon: added to the variance in every LayerNorm.
-        bos_token_id, eos_token_id: `<sop>`, which starts the answer, and `<eop>`, which ends it.
+        bos_token_id, eos_token_id: `<sop>`, which starts the answer, and `<eop>` (or a list), which ends it.
         mask_token_id, gmask_token_id: `[MASK]` and `[gMASK]`; None takes their places before `<sop>`.
         max_sequence_length: the length the model was trained for, in tokens; longer works, with a warning.
         position_encoding_2d: rotate one half of each head by the position in the context and the other half by the
@@ -31,10 +47,12 @@ class ChatGLMConfig(PretrainedConfig):
         quantization_bit: 0, 4 or 8; non-zero builds quantized linear layers, ready to load such a checkpoint.
         quantization_group_size: columns that share a scale: 0 for a whole row (the official format), 32, 64 or 128.
         quantize_head: embedding and head too: True or 8 for int8 rows, 4 for int4 (needs `quantization_bit`).
+        quantization_embeddings: the official int4 code's name for the same, with the bits of the layers.
         quantize_activations: CPUs with AVX-512 VNNI may round the activations of long inputs to int8, with a scale
             for each 32 columns, before products with quantized weights: sooner, and a little less exact.
         pre_seq_len, prefix_projection: P-tuning v2: length of the trained prefix (None: none), and its two-layer form.
         residual_scale: factor of the residual branch; None gives √56.
+        code_version: the oldest code that reads the checkpoint as meant; None for this one.
 
     Raises:
         ValueError: a value that no model can be built from, before any memory is taken.
@@ -63,11 +81,11 @@ class ChatGLMConfig(PretrainedConfig):
         num_attention_heads=32,
         layernorm_epsilon=1e-5,
         use_cache=True,
-        bos_token_id=130004,
-        eos_token_id=130005,
+        bos_token_id=SOP,
+        eos_token_id=EOP,
         mask_token_id=None,
         gmask_token_id=None,
-        pad_token_id=3,
+        pad_token_id=PAD,
         max_sequence_length=2048,
         inner_hidden_size=16384,
         position_encoding_2d=True,
@@ -79,6 +97,7 @@ class ChatGLMConfig(PretrainedConfig):
         prefix_projection=False,
         residual_scale=None,
         tie_word_embeddings=True,
+        code_version=None,
         **kwargs,
     ):
         refuse_later_generations(kwargs)
@@ -88,18 +107,24 @@ class ChatGLMConfig(PretrainedConfig):
         self.num_attention_heads = num_attention_heads
         self.layernorm_epsilon = layernorm_epsilon
         self.use_cache = use_cache
-        self.mask_token_id = bos_token_id - MASK_BEFORE_SOP if mask_token_id is None else mask_token_id
-        self.gmask_token_id = bos_token_id - GMASK_BEFORE_SOP if gmask_token_id is None else gmask_token_id
+        # [MASK] and [gMASK] have fixed places before <sop> in every vocabulary
+        sop = bos_token_id if type(bos_token_id) is int else SOP  # anything else is refused below
+        self.mask_token_id = sop - (SOP - MASK) if mask_token_id is None else mask_token_id
+        self.gmask_token_id = sop - (SOP - GMASK) if gmask_token_id is None else gmask_token_id
         self.max_sequence_length = max_sequence_length
         self.inner_hidden_size = inner_hidden_size
         self.position_encoding_2d = position_encoding_2d
         self.quantization_bit = quantization_bit
         self.quantization_group_size = quantization_group_size
-        self.quantize_head = quantize_head
+        official = kwargs.pop("quantization_embeddings", False)
+        if not isinstance(official, bool):
+            raise ValueError(f"ChatGLMConfig.quantization_embeddings = {repr(official)[:80]}: give True or False")
+        self.quantize_head = quantization_bit if official and quantize_head is False else quantize_head
         self.quantize_activations = quantize_activations
         self.pre_seq_len = pre_seq_len
         self.prefix_projection = prefix_projection
         self.residual_scale = 56**0.5 if residual_scale is None else residual_scale
+        self.code_version = version_asked_for(code_version)
         super().__init__(
             bos_token_id=bos_token_id,
             eos_token_id=eos_token_id,
@@ -122,56 +147,74 @@ class ChatGLMConfig(PretrainedConfig):
     @property
     def num_image_tokens(self) -> int:
         """Rows in front of the text vocabulary: 20000 in the first release, 0 after slimming."""
-        return IMAGE_TOKENS if (self.pad_token_id or 0) >= IMAGE_TOKENS or self.bos_token_id == 150004 else 0
+        is_full = (self.pad_token_id or 0) >= IMAGE_TOKENS or self.bos_token_id == SOP + IMAGE_TOKENS
+        return IMAGE_TOKENS if is_full else 0
 
     def check_values(self) -> None:
         """Raises a ValueError that names field, value and cure where no model can be built."""
-        for field in ("vocab_size", "hidden_size", "num_layers", "num_attention_heads", "inner_hidden_size"):
-            self._check(field, lambda value: is_positive_integer(value), "give a positive whole number")
-        self._check("max_sequence_length", is_positive_integer, "give a positive number of tokens")
-        self._check("layernorm_epsilon", lambda value: value > 0, "the released models use 1e-5")
-        self._check(
-            "num_attention_heads",
-            lambda heads: self.hidden_size % heads == 0,
-            f"it must divide hidden_size = {self.hidden_size}",
-        )
-        parts = 4 if self.position_encoding_2d else 2
-        if self.head_size % parts:
-            raise ValueError(
-                f"head size {self.head_size} (hidden_size {self.hidden_size} / num_attention_heads "
-                f"{self.num_attention_heads}) cannot be rotated: it must be a multiple of {parts}"
-            )
-        self._check("quantization_bit", lambda bits: bits in QUANTIZATION_BITS, f"use one of {QUANTIZATION_BITS}")
-        self._check("quantization_group_size", lambda size: size in GROUP_SIZES, f"use one of {GROUP_SIZES}")
-        self._check("quantize_head", lambda head: head in (False, True, 4, 8), "use False, True, 4 or 8")
-        self._check("quantize_activations", lambda value: value in (False, True), "use False or True")
-        if self.pre_seq_len is not None:
-            self._check("pre_seq_len", is_positive_integer, "give a positive prefix length, or None for no prefix")
-        self._check("residual_scale", lambda scale: scale > 0, "the released models use sqrt(56)")
-        for field in ("bos_token_id", "eos_token_id", "mask_token_id", "gmask_token_id", "pad_token_id"):
+        for field, most in SIZES.items():
+            self._check(field, is_natural(getattr(self, field), 1, most), f"give a whole number from 1 to {most}")
+        for field, released in FACTORS.items():
+            self._check(field, is_positive(getattr(self, field)), f"give a number above 0, as {released}")
+        for field in SWITCHES:
+            self._check(field, isinstance(getattr(self, field), bool), "give True or False (in JSON true or false)")
+        whole, parts = self.hidden_size % self.num_attention_heads == 0, 4 if self.position_encoding_2d else 2
+        self._check("num_attention_heads", whole, f"it must divide hidden_size = {self.hidden_size}")
+        sizes = f"(hidden_size {self.hidden_size} / num_attention_heads {self.num_attention_heads})"
+        self._check("head_size", self.head_size % parts == 0, f"{sizes} cannot be rotated, use a multiple of {parts}")
+        for field, values in CHOICES.items():
+            self._check(field, is_one_of(getattr(self, field), values), f"use one of {values}")
+        prefix = self.pre_seq_len is None or is_natural(self.pre_seq_len, 1, 2**20)
+        self._check("pre_seq_len", prefix, f"give a prefix length from 1 to {2**20}, or None for no prefix")
+        for field in IDS:
             self._check(
                 field,
-                lambda token: token is None or all(0 <= t < self.vocab_size for t in as_list(token)),
-                f"ids run from 0 to vocab_size - 1 = {self.vocab_size - 1}; slim checkpoints use "
-                "130000 [MASK], 130001 [gMASK], 130004 <sop>, 130005 <eop>, 3 <pad>, full ones 20000 more",
+                self._holds_ids(field),
+                f"ids run from 0 to vocab_size - 1 = {self.vocab_size - 1}; slim checkpoints use {MASK} [MASK], "
+                f"{GMASK} [gMASK], {SOP} <sop>, {EOP} <eop>, {PAD} <pad>, full ones {IMAGE_TOKENS} more",
             )
 
-    def _check(self, field, is_good, cure: str) -> None:
-        value = getattr(self, field)
-        try:
-            good = is_good(value)
-        except TypeError:
-            good = False
+    def _holds_ids(self, field: str) -> bool:
+        """Several ids may end an answer; a model can do without an end and without padding."""
+        value, optional = getattr(self, field), field in ("eos_token_id", "pad_token_id")
+        several = value if field == "eos_token_id" and isinstance(value, (list, tuple)) else [value]
+        return optional and value is None or all(is_natural(token, 0, self.vocab_size - 1) for token in several)
+
+    def _check(self, field: str, good: bool, cure: str) -> None:
         if not good:
-            raise ValueError(f"ChatGLMConfig.{field} = {value!r}: {cure}")
+            raise ValueError(f"ChatGLMConfig.{field} = {repr(getattr(self, field))[:80]}: {cure}")
 
 
-def is_positive_integer(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def is_natural(value, least: int, most: int) -> bool:
+    return type(value) is int and least <= value <= most  # True is no number here
 
 
-def as_list(value) -> list:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+def is_positive(value) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+def is_one_of(value, values: tuple) -> bool:
+    return any(type(value) is type(one) and value == one for one in values)  # 1 is not True, and 8.0 not 8
+
+
+def version_asked_for(asked) -> str:
+    """The newer of the version that a config.json asks for and this code's own; a warning where that is the former."""
+    if asked is None:
+        return CODE_VERSION
+    if not isinstance(asked, str) or not re.fullmatch(r"\d{1,6}(\.\d{1,6}){0,3}", asked):
+        raise ValueError(f"ChatGLMConfig.code_version = {repr(asked)[:80]}: give a version such as {CODE_VERSION!r}")
+    theirs, ours = ([int(part) for part in version.split(".")] for version in (asked, CODE_VERSION))
+    if theirs > ours:
+        warn_of_older_code(asked)
+    return asked if theirs > ours else CODE_VERSION
+
+
+@functools.cache  # a configuration is made several times while a model loads
+def warn_of_older_code(asked: str) -> None:
+    logger.warning(
+        f"config.json asks for version {asked} of the code, the code beside it is {CODE_VERSION}: settings new to "
+        "it are ignored; put the .py files of the newer version there"
+    )
 
 
 def refuse_later_generations(fields: dict) -> None:
