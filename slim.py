@@ -66,7 +66,7 @@ def slim(source: str, output: str | Path, options: Options | None = None, revisi
         if options.check:
             from slimming.check import check
 
-            if not check(plan, partial, options):
+            if not check(folder, partial, options):
                 raise Refusal(Exit.CHECK_FAILED, f"the check failed: {partial} is left for a look, {output} not made")
     move_into_place(partial, output)
     print(f"{output} is complete: {plan.nbytes:,} bytes of weights in {len(plan.shards)} file(s)")
@@ -324,8 +324,9 @@ def check_folder(source: str, output: Path, options: Options, revision: str | No
     """`--check-only`: compares an OUTPUT made before."""
     from slimming.check import check
 
-    plan = make_plan(read_source(open_source(source, revision), source, options), options)
-    return int(Exit.OK if check(plan, output, options) else Exit.CHECK_FAILED)
+    folder = open_source(source, revision)
+    read_source(folder, source, options)  # what would not be slimmed is refused here too
+    return int(Exit.OK if check(folder, output, options) else Exit.CHECK_FAILED)
 
 
 def parser() -> argparse.ArgumentParser:

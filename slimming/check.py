@@ -1,285 +1,464 @@
-"""The proof: an output folder compared with its source, tensor by tensor and in the logits of both models.
+"""The proof: an output folder against its source, from the definition of the format and not from the conversion.
 
-It reads the output from its own files and maps rows by its own arithmetic, so a fault of the conversion shows here.
+Nothing here asks the plan: rows follow from the arithmetic of ids, tensors are read by the safetensors library and by
+`torch.load`, conversions and int8/int4 rounding have lines of their own, and so have files, settings, tokenizer
+(`check_files`) and network (`check_network`). A tensor is compared in its own type, bit for bit, a block of rows at a
+time.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from package import package_module
-from slimming import checkpoint_io as io
-from slimming.checkpoint_io import StoredTensor
-from slimming.plan import EMBEDDING, Job, Options, Plan
+from slimming.plan import Options
 
-PROMPTS = ("你好", "介绍一下清华大学", "hello world, this is a test")
-BLOCK_BYTES = 1 << 23
-TOLERANCE, HALF_TOLERANCE = 1e-4, 1e-2  # of the largest logit: products of different widths add in different order
-
-
-@dataclass
-class Finding:
-    """One line of the table."""
-
-    part: str
-    tensors: int = 0
-    compared: int = 0  # bytes of the source
-    fault: str = ""
-    note: str = ""
+IMAGE_ROWS = 20_000  # in front of the text rows of embedding and head in the first releases
+SPELLED_LATER = 344  # pieces that the first release's SentencePiece file lacks
+PUBLISHED_ROWS = 150528  # of the first release, for adapters and prefixes that come without a tokenizer
+BLOCK_BYTES = 1 << 25
+EMBEDDING, HEAD = "transformer.word_embeddings.weight", "lm_head.weight"
+MATRIX = re.compile(r"\.(attention\.(query_key_value|dense)|mlp\.(dense_h_to_4h|dense_4h_to_h))\.weight")
+DTYPES = {"BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"}
+DTYPES.update({"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"})
+SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, SafetensorError, RecursionError)
 
 
-def check(plan: Plan, folder: Path, options: Options) -> bool:
-    """Compares and prints the table; whether all of it is equal."""
-    findings = [*compare_tensors(plan, folder)]
-    if not any(finding.fault for finding in findings):
-        findings.append(compare_logits(plan, folder, options))
-    print(f"{'part':<34}{'tensors':>8}{'bytes compared':>16}  result")
-    for finding in findings:
-        result = f"DIFFERENT: {finding.fault}" if finding.fault else finding.note or "equal"
-        print(f"{finding.part:<34}{finding.tensors:>8}{finding.compared:>16,}  {result}")
-    return not any(finding.fault for finding in findings)
+class Difference(Exception):
+    """What differs, where, and both values."""
 
 
-# -------------------------------------------------------------------------------------------------------- tensors
+# ---------------------------------------------------------------------------------------------------------- tensors
 
 
-def compare_tensors(plan: Plan, folder: Path) -> list[Finding]:
-    """One finding for each group of tensors, and one for the set of names."""
-    output = io.read_checkpoint(folder).tensors
-    names = Finding("names and shapes", len(output))
-    findings: dict[str, Finding] = {"": names}
-    expected = set()
-    with io.Reader() as source_reader, io.Reader() as output_reader:
-        for tensor in plan.source.tensors.values():
-            finding = findings.setdefault(part_of(tensor.name), Finding(part_of(tensor.name)))
-            twin = output_name(plan, tensor.name)
-            expected.update(name for name in (twin, f"{twin}_scale") if name in output)
-            finding.tensors += 1
-            if twin not in output:
-                names.fault = names.fault or f"{twin} is missing"
-                continue
-            compared = compare(plan, tensor, output, twin, source_reader, output_reader)
-            finding.compared += compared[0]
-            finding.fault = finding.fault or compared[1]
-    if set(output) - expected:
-        names.fault = names.fault or f"{sorted(set(output) - expected)[0]} is not in the source"
-    return list(findings.values())
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file; its numbers are read when they are asked for."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: str
+    rows: Callable[[int, int], Tensor]  # [begin, end) of the first axis
+    whole: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
-def part_of(name: str) -> str:
-    parts = name.split(".")
-    if "word_embeddings" in parts:
-        return "embedding, kept rows"
-    if "lm_head" in parts:
-        return "head, kept rows"
-    if any("layernorm" in part for part in parts):
-        return "layer norms"
-    return "layers" if "layers" in parts else "other"
+def read_tensors(folder: Path, stems: tuple[str, ...] = ("model", "pytorch_model", "adapter_model")) -> dict:
+    """name -> Stored of the weights that transformers and PEFT would load from a folder.
+
+    Raises:
+        Difference: a tensor that is there twice.
+    """
+    tensors: dict[str, Stored] = {}
+    for name in weight_files(folder, stems):
+        for stored in (safetensors_of if name.endswith(".safetensors") else pickled_of)(folder / name):
+            if stored.name in tensors:
+                raise Difference(f"{stored.name} is in {tensors[stored.name].file} and in {stored.file}")
+            tensors[stored.name] = stored
+    return tensors
 
 
-def output_name(plan: Plan, name: str) -> str:
-    """A tied head is stored as the embedding."""
-    if plan.tied and name.startswith("lm_head."):
-        return name.replace("lm_head.", "transformer.word_embeddings.")
-    return name
+def weight_files(folder: Path, stems: tuple[str, ...]) -> list[str]:
+    """A single file goes before an index and safetensors before .bin; numbered shards may lack their index."""
+    for suffix in ("safetensors", "bin"):
+        for stem in stems:
+            single, index = f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
+            if (folder / single).exists():
+                return [single]
+            if index.exists():
+                return sorted(set(read_json(index)["weight_map"].values()))
+            numbered = sorted(path.name for path in folder.glob(f"{stem}-*-of-*.{suffix}"))
+            if numbered:
+                return numbered
+    raise Difference(f"{folder} holds no weights")
 
 
-def compare(
-    plan: Plan, tensor: StoredTensor, output: dict[str, StoredTensor], twin: str, *readers: io.Reader
-) -> tuple[int, str]:
-    """Bytes of the source compared, and what differs first ("" for nothing)."""
-    rows = kept_rows(plan, tensor)
-    axis = tensor.shape.index(plan.vocabulary.source_rows) if rows is not None else 0
-    shape = list(tensor.shape)
-    if rows is not None:
-        shape[axis] = len(rows)
-    job = next(job for job in plan.jobs if job.source.name == twin)
-    packed = [shape[0], shape[1] * job.bits // 8] if job.bits else shape
-    if list(output[twin].shape) != packed:
-        return 0, f"{twin} has shape {list(output[twin].shape)}, not {packed}"
-    if axis:  # a small factor of an adapter, cut along its columns
-        return compare_columns(tensor, output[twin], rows, *readers)
-    compared, step = 0, 1
-    if shape and math.prod(shape):
-        row_bytes = tensor.nbytes // tensor.shape[0]
-        step = max(BLOCK_BYTES // row_bytes, 1)
-        for start in range(0, shape[0], step):
-            stop = min(start + step, shape[0])
-            block = source_block(readers[0], tensor, rows, start, stop)
-            if not block_equals(block, job, output, twin, start, stop, readers[1]):
-                return compared, f"{twin}, rows {start} to {stop - 1}"
-            compared += len(block)
-    return compared, ""
+def safetensors_of(path: Path) -> Iterator[Stored]:
+    file = safe_open(str(path), framework="pt")
+    for name in file.keys():  # noqa: SIM118 (no dict)
+        part = file.get_slice(name)
+        dtype = getattr(torch, DTYPES[part.get_dtype()])
+        yield Stored(
+            name,
+            tuple(part.get_shape()),
+            dtype,
+            path.name,
+            lambda begin, end, part=part: part[begin:end],
+            lambda name=name: file.get_tensor(name),
+        )
 
 
-def kept_rows(plan: Plan, tensor: StoredTensor) -> numpy.ndarray | None:
-    """Rows of the source in the order of the output, for a tensor with a vocabulary axis."""
-    if part_of(tensor.name) not in ("embedding, kept rows", "head, kept rows"):
-        return None
-    if plan.vocabulary.source_rows not in tensor.shape:
-        return None
-    return numpy.concatenate([numpy.arange(begin, end) for begin, end in plan.vocabulary.runs])
+def pickled_of(path: Path) -> Iterator[Stored]:
+    try:
+        content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError:  # a file older than torch's ZIP format can't be mapped
+        content = torch.load(str(path), map_location="cpu", weights_only=True)
+    for name, tensor in content.items():
+        rows = lambda begin, end, tensor=tensor: tensor[begin:end]  # noqa: E731
+        yield Stored(name, tuple(tensor.shape), tensor.dtype, path.name, rows, lambda tensor=tensor: tensor)
 
 
-def source_block(reader: io.Reader, tensor: StoredTensor, rows: Any, start: int, stop: int) -> bytearray:
-    """The source's bytes of the output rows start ... stop - 1."""
-    row_bytes = tensor.nbytes // tensor.shape[0]
-    block = bytearray((stop - start) * row_bytes)
-    view = memoryview(block)
-    wanted = numpy.arange(start, stop) if rows is None else rows[start:stop]
-    breaks = [0, *(numpy.flatnonzero(numpy.diff(wanted) != 1) + 1).tolist(), len(wanted)]
-    for begin, end in zip(breaks, breaks[1:]):
-        reader.read_into(tensor, int(wanted[begin]) * row_bytes, view[begin * row_bytes : end * row_bytes])
-    return block
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
-def block_equals(
-    block: bytearray, job: Job, output: dict[str, StoredTensor], name: str, start: int, stop: int, reader: io.Reader
-) -> bool:
-    """Whether rows of the output hold what the source's bytes become: themselves, converted, or quantized."""
-    expected = [(name, memoryview(block))]
-    if job.bits or job.dtype != job.source.dtype:
-        import torch
+# ------------------------------------------------------------------------------------------------------- the source
 
-        rows = io.as_tensor(memoryview(block), job.source.dtype).to(getattr(torch, io.TORCH_NAMES[job.dtype]))
-        expected = [(name, io.tensor_bytes(rows))]
-        if job.bits:
-            quantize = package_module("quantization").quantize_weight
-            weight, scale = quantize(rows.view(stop - start, -1), job.bits, job.group_size)
-            expected = [(name, io.tensor_bytes(weight)), (f"{name}_scale", io.tensor_bytes(scale.to(rows.dtype)))]
-    for part, content in expected:
-        found = bytearray(len(content))
-        reader.read_into(output[part], start * (output[part].nbytes // output[part].shape[0]), memoryview(found))
-        if not numpy.array_equal(numpy.frombuffer(found, "u1"), numpy.frombuffer(content, "u1")):
+
+@dataclass(frozen=True)
+class Case:
+    """A source and what the options ask of it: all that the output must follow from."""
+
+    source: Path
+    options: Options
+    kind: str  # "model", "prefix" (P-tuning v2 alone) or "adapter" (LoRA)
+    config: dict[str, Any]
+    tensors: dict[str, Stored]
+    sentencepiece: Any  # the source's own processor, None without a tokenizer
+    source_rows: int
+    offset: int  # image rows in front: 20,000 or 0
+    kept: Tensor  # row of the source for each row of the output
+    is_trimmed: bool = False
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return self.options.tokenizer or self.source / "ice_text.model"
+
+    def new_id(self, old: int) -> int | None:
+        """The id of the output for an id of the source; None where its row went."""
+        found = (self.kept == old).nonzero() if 0 <= old < self.source_rows else ()
+        return int(found[0]) if len(found) else None
+
+
+def read_case(source: Path, output: Path, options: Options) -> Case:
+    tensors = read_tensors(source)
+    is_adapter = any(stored.file.startswith("adapter_model") for stored in tensors.values())
+    kind = "adapter" if is_adapter else "model"
+    if all(name.startswith("transformer.prefix_encoder.") for name in tensors):
+        kind = "prefix"
+    config = read_json(source / ("adapter_config.json" if is_adapter else "config.json"))
+    processor = None
+    path = options.tokenizer or source / "ice_text.model"
+    if path.exists():
+        import sentencepiece
+
+        processor = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+    rows = source_rows(kind, config, tensors, processor)
+    offset = image_rows(config, rows, processor)
+    kept = torch.arange(offset, rows)
+    if options.trims:
+        kept = recorded_rows(output, rows, offset)
+    return Case(source, options, kind, config, tensors, processor, rows, offset, kept, options.trims)
+
+
+def pieces_of(processor: Any) -> int:
+    """Pieces of the vocabulary, with those that code of the first release added in memory."""
+    complete = processor.piece_to_id("<sop>") != processor.unk_id()
+    return processor.get_piece_size() + (0 if complete else SPELLED_LATER)
+
+
+def source_rows(kind: str, config: dict, tensors: dict[str, Stored], processor: Any) -> int:
+    """Rows of the source's vocabulary; adapters say them by a tensor's size, by their base model or not at all."""
+    if kind == "model":
+        return tensors[EMBEDDING].shape[0]
+    if kind == "prefix":
+        return config.get("vocab_size") or 0
+    sizes = [max(stored.shape) for name, stored in tensors.items() if is_vocabulary(name) and stored.shape]
+    base = Path(str(config.get("base_model_name_or_path"))) / "config.json"
+    if max(sizes, default=0) >= IMAGE_ROWS:
+        return max(sizes)
+    if base.is_file():
+        return read_json(base)["vocab_size"]
+    return IMAGE_ROWS + pieces_of(processor) if processor else PUBLISHED_ROWS
+
+
+def image_rows(config: dict, rows: int, processor: Any) -> int:
+    """20,000 where image rows and pieces fit into the rows; the config's <sop>, where it says one, must agree."""
+    if processor is None:
+        old = rows == PUBLISHED_ROWS or (config.get("pad_token_id") or 0) >= IMAGE_ROWS
+        return IMAGE_ROWS if old else 0
+    offset = IMAGE_ROWS if rows >= IMAGE_ROWS + pieces_of(processor) else 0
+    sop = pieces_of(processor) - SPELLED_LATER + 4  # after [MASK], [gMASK], [sMASK] and <unused_0>
+    if config.get("bos_token_id") not in (None, sop + offset):
+        raise Difference(f"the source's bos_token_id is {config['bos_token_id']}, its {rows} rows say {sop + offset}")
+    return offset
+
+
+def recorded_rows(output: Path, rows: int, offset: int) -> Tensor:
+    """The rows that a trimmed output says it kept: ascending, text rows of the source, each once."""
+    record = read_json(output / "vocabulary_map.json")
+    numbers = [number for run in record["kept_runs"] for number in run]
+    kept = torch.cat([torch.arange(begin, end) for begin, end in record["kept_runs"]])
+    ascending = all(a < b for a, b in zip(numbers[::2], numbers[1::2])) and bool((kept.diff() > 0).all())
+    if not ascending or int(kept[0]) < offset or int(kept[-1]) >= rows:
+        raise Difference(f"vocabulary_map.json: kept_runs are no ascending rows from {offset} to {rows - 1}")
+    for name, value in {"source_rows": rows, "rows": len(kept)}.items():
+        if record.get(name) != value:
+            raise Difference(f"vocabulary_map.json: {name} is {record.get(name)}, expected {value}")
+    if set(record) != {"source_rows", "rows", "kept_runs"}:
+        raise Difference(f"vocabulary_map.json: fields {sorted(record)}, expected source_rows, rows, kept_runs")
+    return kept
+
+
+def is_vocabulary(name: str) -> bool:
+    return "word_embeddings" in name.split(".") or "lm_head" in name.split(".")
+
+
+# ------------------------------------------------------------------------------------------- what tensors shall be
+
+
+def expected_blocks(case: Case, stored: Stored) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """(first row, output name -> rows from there on) of what a source tensor becomes, block by block."""
+    axis = vocabulary_axis(case, stored)
+    if not stored.shape or axis:  # one number, or a small factor of an adapter that is cut along its columns
+        numbers = stored.whole()
+        yield 0, transformed(case, stored.name, numbers.index_select(axis, case.kept) if axis else numbers)
+        return
+    total = rows_of(case, stored)
+    step = block_rows(stored)
+    for begin in range(0, max(total, 1), step):
+        yield begin, transformed(case, stored.name, source_block(case, stored, begin, min(begin + step, total)))
+
+
+def block_rows(stored: Stored) -> int:
+    return max(BLOCK_BYTES // max(stored.nbytes // max(stored.shape[0], 1), 1), 1)
+
+
+def rows_of(case: Case, stored: Stored) -> int:
+    """Of the output's tensor."""
+    return len(case.kept) if vocabulary_axis(case, stored) == 0 else stored.shape[0] if stored.shape else 1
+
+
+def vocabulary_axis(case: Case, stored: Stored) -> int | None:
+    is_cut = is_vocabulary(stored.name) and case.source_rows in stored.shape
+    return stored.shape.index(case.source_rows) if is_cut else None
+
+
+def source_block(case: Case, stored: Stored, begin: int, end: int) -> Tensor:
+    """The source's numbers for the rows begin ... end - 1 of the output."""
+    if vocabulary_axis(case, stored) is None:
+        return stored.rows(begin, end)
+    kept = case.kept[begin:end]
+    cuts = [0, *((kept.diff() != 1).nonzero().flatten() + 1).tolist(), len(kept)]
+    parts = [stored.rows(int(kept[a]), int(kept[b - 1]) + 1) for a, b in zip(cuts, cuts[1:]) if a < b]
+    return torch.cat(parts) if len(parts) != 1 else parts[0]
+
+
+def transformed(case: Case, name: str, numbers: Tensor) -> dict[str, Tensor]:
+    """Rows as they are, in another float type, or as int8/int4 with their scales."""
+    options = case.options
+    if not numbers.is_floating_point():
+        return {name: numbers}
+    if options.dtype:
+        numbers = numbers.to(getattr(torch, options.dtype))
+    if options.bits and MATRIX.search(name):
+        values, scale = rounded(numbers, options.bits, options.group_size)
+    elif options.quantize_head and name in (EMBEDDING, HEAD):
+        values, scale = rounded(numbers, 8, 0)
+    else:
+        return {name: numbers}
+    return {name: values, f"{name}_scale": scale}
+
+
+def rounded(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
+    """[out, in] -> int8 [out, in] or two int4 a byte [out, in / 2], and scales [out] or [out, in / group_size].
+
+    scale = max|w| / (2^(bits-1) - 1) in the weight's type, then in float16 (bfloat16 stays bfloat16);
+    value = w / scale in the weight's type (bfloat16: float32), to the nearest, halves to even; zeros stay zeros.
+    """
+    largest = 2 ** (bits - 1) - 1
+    exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    groups = weight.reshape(weight.shape[0], -1, group_size or weight.shape[1]).to(exact)
+    short = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float16
+    scale = (groups.abs().amax(2) / largest).to(weight.dtype).to(short)
+    quotient = groups / scale.to(exact)[:, :, None]
+    if weight.dtype == torch.float16:
+        quotient = quotient.half().float()
+    quotient[(scale == 0)[:, :, None].expand_as(quotient)] = 0
+    values = quotient.round().clamp(-largest, largest).to(torch.int8).reshape(weight.shape)
+    if bits == 4:  # the even column in the high four bits
+        values = (values[:, 0::2] << 4) | (values[:, 1::2] & 15)
+    return values, (scale if group_size else scale[:, 0]).to(weight.dtype)
+
+
+def is_tied(case: Case) -> bool:
+    """Whether the head is absent, or holds the embedding's bits in every kept row, scales included."""
+    modules = (EMBEDDING.rpartition(".")[0], HEAD.rpartition(".")[0])
+    sides = [{n[len(m) :]: s for n, s in case.tensors.items() if n.startswith(f"{m}.")} for m in modules]
+    if HEAD not in case.tensors:
+        return True
+    if sides[0].keys() != sides[1].keys():
+        return False
+    return all(kept_rows_agree(case, sides[0][name], sides[1][name]) for name in sides[0])
+
+
+def kept_rows_agree(case: Case, one: Stored, other: Stored) -> bool:
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    for begin in range(0, len(case.kept), block_rows(one)):
+        end = min(begin + block_rows(one), len(case.kept))
+        sides = [source_block(case, side, begin, end) for side in (one, other)]
+        if not torch.equal(*map(bits_of, sides)):
             return False
     return True
 
 
-def compare_columns(
-    tensor: StoredTensor, twin: StoredTensor, rows: Any, reader: io.Reader, output_reader: io.Reader
-) -> tuple[int, str]:
-    import torch
-
-    sides = []
-    for one, its_reader in ((tensor, reader), (twin, output_reader)):
-        content = bytearray(one.nbytes)
-        its_reader.read_into(one, 0, memoryview(content))
-        sides.append(io.as_tensor(memoryview(content), one.dtype).view(one.shape))
-    expected = sides[0][:, torch.from_numpy(rows)].to(sides[1].dtype)
-    equal = io.tensor_bytes(expected) == io.tensor_bytes(sides[1])
-    return tensor.nbytes, "" if equal else twin.name
+# ------------------------------------------------------------------------------------------------------ comparison
 
 
-# --------------------------------------------------------------------------------------------------------- logits
+def bits_of(numbers: Tensor) -> Tensor:
+    return numbers.contiguous().view(SAME_SIZE[numbers.dtype.itemsize])
 
 
-def compare_logits(plan: Plan, folder: Path, options: Options) -> Finding:
-    """The same prompts through both models, one after the other in memory; kept columns must agree."""
-    finding = Finding("logits on kept columns", len(PROMPTS))
-    numbers = sum(math.prod(tensor.shape) for tensor in plan.source.tensors.values())
-    if plan.source.kind != "model" or plan.vocabulary.sentencepiece is None:
-        finding.note = f"not compared: a {plan.source.kind} alone computes none"
-        return finding
-    free = available_memory()
-    exact = numbers * 5 < free  # float32 and room for one more; else in the checkpoint's own dtype
-    if not exact and source_bytes(plan) * 1.25 > free:
-        finding.note = f"not compared: {source_bytes(plan) * 1.25:,.0f} bytes of memory needed, {free:,} are free"
-        return finding
-    rows = numpy.concatenate([numpy.arange(begin, end) for begin, end in plan.vocabulary.runs])
-    with quiet_transformers():
-        model, prompts = load_output(folder, exact)
-        output_logits = run(model, prompts)
-        classes = type(model), type(model.config), model.dtype
-        del model  # one at a time
-        model = load_source(plan, *classes)
-        source_logits = run(model, [[int(rows[index]) for index in ids] for ids in prompts])
-    worst, agree = 0.0, True
-    for ours, theirs in zip(output_logits, source_logits):
-        theirs = theirs[..., rows]
-        worst = max(worst, ((ours - theirs).abs().max() / theirs.abs().max()).item())
-        agree = agree and bool((ours.argmax(-1) == theirs.argmax(-1)).all())
-    finding.note = f"largest difference {worst:.1e} of the largest logit" if worst else "equal bit for bit"
-    limit = TOLERANCE if exact else HALF_TOLERANCE
-    if options.bits or options.quantize_head or options.dtype:
-        finding.note += ", from the conversion"
-    elif worst > limit or math.isnan(worst) or exact and not agree:
-        finding.fault = f"largest difference {worst:.1e}, limit {limit:.0e}; same best token: {agree}"
-    return finding
+@dataclass
+class Proved:
+    """What was compared and found equal."""
+
+    tensors: int = 0
+    rows: int = 0
+    nbytes: int = 0
+    strings: int = 0
+    files: int = 0
+    logits: str = ""
 
 
-def source_bytes(plan: Plan) -> int:
-    return plan.source.checkpoint.nbytes
+def compare_tensors(case: Case, output: dict[str, Stored], tied: bool | None, proved: Proved) -> None:
+    """Each tensor of the source is in the output as it should be, and no other is.
+
+    Raises:
+        Difference: the first one: tensor, row, column and both values.
+    """
+    left = set(output)
+    for name, stored in case.tensors.items():
+        if tied and name.startswith("lm_head."):
+            continue  # its kept rows are the embedding's, bit for bit
+        parts: dict[str, Tensor] = {}
+        for begin, parts in expected_blocks(case, stored):
+            for part, numbers in parts.items():
+                if part not in output:
+                    raise Difference(f"{part} is missing, {stored.file} of the source has {name}")
+                compare_block(case, output[part], numbers, begin, rows_of(case, stored))
+        proved.tensors += len(parts)
+        proved.rows += sum(output[part].shape[0] if output[part].shape else 1 for part in parts)
+        proved.nbytes += sum(output[part].nbytes for part in parts)
+        left -= set(parts)
+    if left:
+        raise Difference(f"{min(left)} is not in the source" + (", or not apart from the embedding" if tied else ""))
 
 
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Without its progress bars and warnings about a model that is about to be left behind."""
-    from transformers.utils import logging
+def compare_block(case: Case, found: Stored, expected: Tensor, begin: int, total: int) -> None:
+    """Rows of an output tensor, from `begin` on, and its type and shape: it has `total` rows."""
+    shape = (total, *expected.shape[1:]) if expected.dim() else ()
+    if (found.dtype, found.shape) != (expected.dtype, shape):
+        sides = [
+            f"{named(dtype)} {list(size)}" for dtype, size in ((found.dtype, found.shape), (expected.dtype, shape))
+        ]
+        raise Difference(f"{found.name} is {sides[0]}, expected {sides[1]}")
+    numbers = found.rows(begin, begin + len(expected)) if shape else found.whole()
+    unequal = bits_of(numbers) != bits_of(expected)
+    if not unequal.any():
+        return
+    place = unequal.nonzero()[0].tolist()
+    where = [found.name]
+    if place:
+        row = place[0] + begin
+        is_cut = is_vocabulary(found.name) and total == len(case.kept)
+        where.append(f"row {row}" + (f" (row {int(case.kept[row])} of the source)" if is_cut else ""))
+    where += [f"column {column}" for column in place[1:]]
+    values = [side[tuple(place)].item() for side in (numbers, expected)]
+    raise Difference(
+        f"{', '.join(where)}: {values[0]!r}, expected {values[1]!r}{bits_apart(numbers, expected, place)}"
+    )
 
-    remote_code = logging.logging.getLogger("transformers_modules")
-    remote_code.setLevel(logging.ERROR)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+
+def bits_apart(numbers: Tensor, expected: Tensor, place: list[int]) -> str:
+    """NaN and -0.0 look the same when printed."""
+    words = [bits_of(side)[tuple(place)].item() for side in (numbers, expected)]
+    values = [side[tuple(place)].item() for side in (numbers, expected)]
+    return f" (bits {words[0]:#x} and {words[1]:#x})" if repr(values[0]) == repr(values[1]) else ""
+
+
+def named(dtype: torch.dtype) -> str:
+    return str(dtype).replace("torch.", "")
+
+
+# ------------------------------------------------------------------------------------------------------- the report
+
+
+def check(source: Path, output: Path, options: Options) -> bool:
+    """Compares OUTPUT with what the format makes of SOURCE under the options, prints the report, and says whether all
+    of it is as it should be.
+    """
+    from slimming import check_files, check_network
+
+    proved, differences = Proved(), []
+    case = read_case_of(source, output, options, differences)
+    if case is None:
+        return report(proved, differences)
+    found: dict[str, Stored] = {}
+    tied = is_tied(case) if case.kind == "model" else None
+
+    def tensors() -> None:
+        found.update(read_tensors(output, ("adapter_model",) if case.kind == "adapter" else ("model",)))
+        compare_tensors(case, found, tied, proved)
+
+    def files() -> None:
+        check_files.compare_files(case, output, proved)
+
+    def settings() -> None:
+        check_files.compare_settings(case, output, found, tied)
+
+    def tokenizer() -> None:
+        proved.strings = check_files.compare_tokenizer(case, output)
+
+    def logits() -> None:
+        proved.logits = check_network.compare_logits(case, output, found)
+
+    for part in (tensors, files, settings, tokenizer, logits):
+        if part is logits and differences:
+            break  # numbers or settings are known to be wrong
+        guarded(part.__name__, part, differences)
+    return report(proved, differences)
+
+
+def read_case_of(source: Path, output: Path, options: Options, differences: list[str]) -> Case | None:
+    cases: list[Case] = []
+    guarded("rows", lambda: cases.append(read_case(source, output, options)), differences)
+    return cases[0] if cases else None
+
+
+def guarded(part: str, compare: Callable[[], None], differences: list[str]) -> None:
+    """Notes a difference; a file that can't be read is one too."""
     try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        remote_code.setLevel(logging.NOTSET)
-        logging.enable_progress_bar()
+        compare()
+    except Difference as difference:
+        differences.append(f"{part}: {difference}")
+    except UNREADABLE as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        differences.append(f"{part}: can't be read as it should be ({type(error).__name__}: {reason})")
 
 
-def available_memory() -> int:
-    """Bytes that could be had: what Linux says, else a modest guess."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return 8 << 30
-
-
-def load_output(folder: Path, exact: bool) -> tuple[Any, list[list[int]]]:
-    """The folder's model, loaded as a user would, and the ids of the prompts."""
-    from transformers import AutoModel, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
-    return model.float() if exact else model, [tokenizer.build_chat_input_ids(prompt) for prompt in PROMPTS]
-
-
-def load_source(plan: Plan, model_class: type, config_class: type, dtype: Any) -> Any:
-    """The source's own tensors in the same code and dtype, with the source's vocabulary."""
-    import torch
-
-    stale = ("auto_map", "architectures", "torch_dtype", "dtype")
-    config = {name: value for name, value in plan.source.config.items() if name not in stale}
-    config.update(vocab_size=plan.vocabulary.source_rows, tie_word_embeddings=plan.tied)
-    config["quantize_head"] = plan.source.tensors[EMBEDDING].dtype == "I8"
-    with torch.device("meta"):
-        model = model_class(config_class(**config)).eval()
-    state = {}
-    with io.Reader() as reader:
-        for name, tensor in plan.source.tensors.items():
-            content = bytearray(tensor.nbytes)
-            reader.read_into(tensor, 0, memoryview(content))
-            numbers = io.as_tensor(memoryview(content), tensor.dtype).view(tensor.shape)
-            state[name] = numbers.to(dtype) if numbers.is_floating_point() else numbers
-    if plan.tied:
-        shared = [name for name in state if name.startswith("transformer.word_embeddings.")]
-        state.update({name.replace("transformer.word_embeddings", "lm_head"): state[name] for name in shared})
-    model.load_state_dict(state, strict=False, assign=True)
-    return model
-
-
-def run(model: Any, prompts: list[list[int]]) -> list[Any]:
-    import torch
-
-    with torch.no_grad():
-        return [model(input_ids=torch.tensor([ids])).logits.float() for ids in prompts]
+def report(proved: Proved, differences: list[str]) -> bool:
+    for difference in differences:
+        print(f"DIFFERENT: {difference}")
+    if differences:
+        return False
+    print(
+        f"proved: {proved.tensors:,} tensors with {proved.rows:,} rows ({proved.nbytes:,} bytes) bit for bit, "
+        f"{proved.files} files, {proved.strings} strings of the tokenizer; logits: {proved.logits}"
+    )
+    return True

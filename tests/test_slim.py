@@ -29,7 +29,7 @@ from slim_sources import (
 
 import slim
 from slim import Options
-from slimming import check, checkpoint_io
+from slimming import checkpoint_io
 from slimming.checkpoint_io import Exit, Refusal
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -425,7 +425,7 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 import slim
-from slimming import check, checkpoint_io
+from slimming import checkpoint_io
 write, count = checkpoint_io.write_shard, 0
 def dying(path, tensors, content):
     global count
@@ -576,54 +576,3 @@ def test_folder_holds_code_template_card_and_licence(tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "20,000 of 21,472 vocabulary rows were cut" in card
     assert "bit for bit" in card
-
-
-# ----------------------------------------------------------------------------------------------------------- the check
-
-
-def test_check_prints_its_table_and_passes(tmp_path, capsys):
-    source = write_full_toy(tmp_path / "source", shards=3)
-    assert slim.main([str(source), str(tmp_path / "out"), "--check"]) == 0
-    table = capsys.readouterr().out
-    for part in ("embedding, kept rows", "head, kept rows", "layer norms", "layers", "logits on kept columns"):
-        assert part in table
-    assert "DIFFERENT" not in table
-    assert slim.main([str(source), str(tmp_path / "out"), "--check-only"]) == 0
-
-
-def test_check_of_a_checkpoint_too_large_for_float32_uses_its_own_dtype(tmp_path, capsys, monkeypatch):
-    source = write_full_toy(tmp_path / "source")
-    size = source.joinpath("model.safetensors").stat().st_size
-    for free, compared in ((2 * size, True), (size, False)):
-        monkeypatch.setattr(check, "available_memory", lambda free=free: free)
-        assert slim.main([str(source), str(tmp_path / f"out{free}"), "--check"]) == 0
-        line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("logits"))
-        assert ("not compared" not in line) is compared
-
-
-@pytest.mark.parametrize("name", [EMBEDDING, HEAD, "transformer.layers.1.mlp.dense_4h_to_h.weight"])
-def test_check_finds_a_single_changed_bit(tmp_path, capsys, name):
-    source, output = write_full_toy(tmp_path / "source"), tmp_path / "out"
-    slim.slim(str(source), output)
-    tensor = next(t for t in checkpoint_io.read_safetensors(output / "model.safetensors") if t.name == name)
-    content = bytearray((output / "model.safetensors").read_bytes())
-    content[tensor.start + tensor.nbytes - 1] ^= 1
-    (output / "model.safetensors").write_bytes(content)
-    assert slim.main([str(source), str(output), "--check-only"]) == Exit.CHECK_FAILED
-    assert f"DIFFERENT: {name}" in capsys.readouterr().out
-
-
-def test_a_failed_check_leaves_no_output(tmp_path, monkeypatch):
-    source = write_full_toy(tmp_path / "source")
-    write = checkpoint_io.write_shard
-
-    def faulty(path, tensors, content):
-        checksum = write(path, tensors, content)
-        with open(path, "r+b") as file:
-            file.seek(-1, os.SEEK_END)
-            file.write(b"\x01")
-        return checksum
-
-    monkeypatch.setattr(checkpoint_io, "write_shard", faulty)
-    assert slim.main([str(source), str(tmp_path / "out"), "--check"]) == Exit.CHECK_FAILED
-    assert not (tmp_path / "out").exists()
