@@ -1,12 +1,15 @@
 """chat, stream_chat and stream_generate: the golden answers, and what differs from the original on purpose."""
 
+import contextvars
+import gc
 import json
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
-from chatglm_slim.chat import without_oldest_round
+from chatglm_slim.chat import Answer, Rounds, process_response, without_oldest_rounds
 from chatglm_slim.tokenization_chatglm import ChatGLMTokenizer
 from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -95,6 +98,74 @@ def test_closing_the_stream_ends_its_thread(model, tokenizer):
     assert threading.active_count() == before
 
 
+def test_a_stream_collected_as_garbage_in_its_own_thread_ends_in_silence(model, tokenizer, monkeypatch):
+    dropped, unraisable = threading.Event(), []
+
+    class Collect(LogitsProcessor):
+        steps = 0
+
+        def __call__(self, input_ids, scores):
+            self.steps += 1
+            if self.steps == 2:
+                assert dropped.wait(60)
+                gc.collect()
+            return scores
+
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    gc.disable()
+    try:
+        before = set(threading.enumerate())
+        cycle = [model.stream_chat(tokenizer, "介绍一下清华大学", logits_processor=[Collect()])]
+        cycle.append(cycle)
+        next(cycle[0])
+        (thread,) = set(threading.enumerate()) - before
+        del cycle
+        dropped.set()
+        thread.join(60)
+    finally:
+        gc.enable()
+    assert not thread.is_alive() and not unraisable
+
+
+def seen_while_generating(model, see, generate):
+    seen = set()
+    hook = model.transformer.layers[0].mlp.register_forward_hook(lambda module, inputs, output: seen.add(see(output)))
+    try:
+        generate()
+    finally:
+        hook.remove()
+    return seen
+
+
+def test_autocast_inference_mode_and_context_variables_reach_the_thread_of_a_stream(model, tokenizer):
+    variable = contextvars.ContextVar("variable", default="unset")
+    options = {"do_sample": False, "max_new_tokens": 2}
+
+    def stream():
+        return list(model.stream_chat(tokenizer, "你好", **options))
+
+    def see(output):
+        return output.dtype, torch.is_inference_mode_enabled(), torch.is_grad_enabled(), variable.get()
+
+    assert seen_while_generating(model, see, stream) == {(torch.float32, False, False, "unset")}
+    variable.set("set")
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
+        assert seen_while_generating(model, see, stream) == {(torch.bfloat16, True, False, "set")}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_current_cuda_stream_reaches_the_thread_of_a_stream(golden_model, tokenizer):
+    model, own = golden_model("chat2d")[0].cuda(), torch.cuda.Stream()
+    options = {"do_sample": False, "max_new_tokens": 2}
+    with torch.cuda.stream(own):
+        seen = seen_while_generating(
+            model,
+            lambda output: torch.cuda.current_stream().cuda_stream,
+            lambda: list(model.stream_chat(tokenizer, "你好", **options)),
+        )
+    assert seen == {own.cuda_stream}
+
+
 def test_an_error_while_streaming_reaches_the_caller(model, tokenizer):
     class Broken(LogitsProcessor):
         def __call__(self, input_ids, scores):
@@ -181,10 +252,11 @@ def test_history_as_messages_gives_the_same_answer_and_grows_in_kind(model, toke
 def test_the_oldest_round_goes_first_and_the_system_message_stays():
     system = {"role": "system", "content": "s"}
     rounds = [{"role": role, "content": str(n)} for n in range(2) for role in ("user", "assistant")]
-    assert without_oldest_round([system, *rounds]) == [system, *rounds[2:]]
-    assert without_oldest_round([system, *rounds[2:]]) == [system]
-    assert without_oldest_round([system]) is None and without_oldest_round([]) is None
-    assert without_oldest_round([("a", "b"), ("c", "d")]) == [("c", "d")]
+    assert without_oldest_rounds([system, *rounds], 0) == [system, *rounds]
+    assert without_oldest_rounds([system, *rounds], 1) == [system, *rounds[2:]]
+    assert without_oldest_rounds([system, *rounds], 2) == [system]
+    assert without_oldest_rounds([("a", "b"), ("c", "d")], 1) == [("c", "d")]
+    assert without_oldest_rounds(None, 0) == []
 
 
 def test_control_tokens_typed_by_a_user_stay_text(model, tokenizer):
@@ -197,13 +269,65 @@ def test_control_tokens_typed_by_a_user_stay_text(model, tokenizer):
     assert isinstance(response, str)
 
 
-def test_stop_strings_are_never_shown_in_part_and_never_empty(model, tokenizer):
+def test_stop_strings_are_never_shown_in_part(model, tokenizer):
     full, _ = model.chat(tokenizer, "你好", do_sample=False)
-    word = full[4:7]
-    steps = [text for text, _ in model.stream_chat(tokenizer, "你好", do_sample=False, stop=[word])]
-    assert all(later.startswith(earlier) for earlier, later in zip(steps, steps[1:]))
-    with pytest.raises(ValueError, match="empty text"):
-        model.chat(tokenizer, "你好", stop=[""])
+    steps = [text for text, _ in model.stream_chat(tokenizer, "你好", do_sample=False, stop=[full[4:7]])]
+    assert steps[-1] == full[:4]
+    assert all(steps[-1].startswith(step) for step in steps)
+
+
+@pytest.mark.parametrize("stop", [[""], "", [5], ["a", None]])
+def test_stop_strings_that_are_no_text_are_named(model, tokenizer, stop):
+    with pytest.raises(ValueError, match="stop = .*give texts"):
+        model.chat(tokenizer, "你好", stop=stop)
+
+
+MARKS = "x, y? 好!好\n\n问:abc,好 [[训练时间]] end. 一,,二 "
+
+
+def test_a_stop_string_cuts_what_is_shown_wherever_it_stands(tokenizer):
+    """Every piece of the shown text as a stop string, token by token: the answer is the whole one, cut before it."""
+    ids = torch.tensor(tokenizer.encode_text(MARKS))
+    whole = process_response(tokenizer.decode(ids.tolist()))
+    assert "，好" in whole and "2023年" in whole and "[[" not in whole
+    stops = {whole[start : start + length] for start in range(len(whole)) for length in (1, 2, 3, 4)} | {",好", "[["}
+    for stop in stops:
+        answer = Answer(tokenizer, 0, process_response, [stop])
+        for length in range(1, len(ids) + 1):
+            shown = answer.text(ids[:length], finished=False)
+            assert whole.partition(stop)[0].startswith(shown)
+            if answer(ids[None, :length], None):
+                break
+        assert answer.text(ids[:length], finished=True) == whole.partition(stop)[0].rstrip()
+        assert length < len(ids) or stop not in whole[:-3]  # the marks before the last character settle with it
+
+
+def test_full_width_marks_are_stop_strings(model, tokenizer):
+    full, _ = model.chat(tokenizer, "介绍一下清华大学", do_sample=False)
+    for stop in ("，", "：工"):
+        assert stop in full
+        expected = full.partition(stop)[0]
+        assert model.chat(tokenizer, "介绍一下清华大学", do_sample=False, stop=[stop])[0] == expected
+        assert list(model.stream_chat(tokenizer, "介绍一下清华大学", do_sample=False, stop=[stop]))[-1][0] == expected
+
+
+@pytest.mark.parametrize("stop", ["，", "大学", "\n\n", "学院", "没有"])
+def test_beams_give_their_best_answer_cut_at_the_stop_string_and_end_early(model, tokenizer, stop):
+    class Count(LogitsProcessor):
+        calls = 0
+
+        def __call__(self, input_ids, scores):
+            self.calls += 1
+            return scores
+
+    def answer(**options):
+        count = Count()
+        options.update(num_beams=3, do_sample=False, logits_processor=LogitsProcessorList([count]))
+        return model.chat(tokenizer, "介绍一下清华大学", max_length=96, **options)[0], count.calls
+
+    (full, steps), (cut, steps_of_cut) = answer(), answer(stop=[stop])
+    assert cut == full.partition(stop)[0].rstrip()
+    assert steps_of_cut < steps or stop not in full
 
 
 def test_beams_are_not_streamed(model, tokenizer):
@@ -218,3 +342,45 @@ def test_answer_room_counts_with_max_new_tokens_too(model, tokenizer):
         patch.setattr(model, "generate", lambda input_ids, **rest: lengths.append(input_ids.shape[1]) or input_ids)
         model.chat(tokenizer, "你好", history=history, max_new_tokens=3, answer_room=256)
     assert 1000 < lengths[0] <= model.config.max_sequence_length - 256
+
+
+def test_answer_room_drops_no_more_rounds_than_it_must_and_encodes_few_times(tokenizer):
+    history = [(f"问题{n}" * (n % 5), "答" * (n % 7)) for n in range(2000)]
+    encoded = []
+
+    class Counting:
+        def build_chat_input_ids(self, query, history):
+            encoded.append(len(history))
+            return tokenizer.build_chat_input_ids(query, history)
+
+    ids = Rounds(Counting(), "你好", history, 100).prompt_within(400)
+    assert len(encoded) <= 13  # 1, and 1 + log2(2000) halvings
+    kept = next(n for n in range(2000, -1, -1) if tokenizer.build_chat_input_ids("你好", history[n:]) == ids)
+    assert len(ids) <= 300 < len(tokenizer.build_chat_input_ids("你好", history[kept - 1 :]))
+
+
+def test_top_k_of_the_generation_config_is_obeyed_also_where_it_is_0(model, tokenizer, monkeypatch):
+    settings, seen = getattr(model, "generation_config", model.config), []
+    monkeypatch.setattr(model, "generate", lambda input_ids, **rest: seen.append(rest["top_k"]) or input_ids)
+    for value, expected in ((0, 0), (7, 7), (None, 50)):
+        monkeypatch.setattr(settings, "top_k", value)
+        model.chat(tokenizer, "你好")
+        assert seen.pop() == expected
+    model.chat(tokenizer, "你好", top_k=9)
+    assert seen.pop() == 9
+
+
+@pytest.mark.parametrize(
+    "name, value", [("max_length", "2048"), ("max_new_tokens", 2.5), ("answer_room", "256"), ("num_beams", "3")]
+)
+def test_lengths_that_are_no_whole_numbers_are_named(model, tokenizer, name, value):
+    message = f"{name} = {value!r} \\({type(value).__name__}\\)"
+    with pytest.raises(ValueError, match=message):
+        model.chat(tokenizer, "你好", **{name: value})
+    with pytest.raises(ValueError, match=message):
+        list(model.stream_chat(tokenizer, "你好", **{name: value}))
+
+
+def test_whole_numbers_of_other_types_are_lengths(model, tokenizer):
+    for value in (8.0, torch.tensor(8)):
+        assert model.chat(tokenizer, "你好", do_sample=False, max_length=value)[0] == "你好"

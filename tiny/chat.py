@@ -1,9 +1,12 @@
-"""What a round of chat needs around `generate`: history, the text of an answer and its end, tokens on their way."""
+"""Chat: the prompt of a round, the text of an answer and its end, tokens on their way, and the three methods."""
 
+import contextvars
+import operator
 import queue
 import re
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -12,17 +15,39 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 CHINESE = "\u4e00-\u9fff"
 FULL_WIDTH = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
+DATE_PLACEHOLDER = "[[训练时间]]"
 UNFINISHED = "\ufffd"  # what decoding makes of the first bytes of a character
 
 
 def process_response(response: str) -> str:
     """The official clean-up: outer blanks, the placeholder of the training date, and full-width punctuation beside
     Chinese characters."""
-    response = response.strip().replace("[[训练时间]]", "2023年")
+    response = response.strip().replace(DATE_PLACEHOLDER, "2023年")
     for half, full in FULL_WIDTH.items():
         response = re.sub(rf"(?<=[{CHINESE}]){re.escape(half)}", full, response)
         response = re.sub(rf"{re.escape(half)}(?=[{CHINESE}])", full, response)
     return response
+
+
+def settled(response: str) -> str:
+    """The part of an unfinished answer that the clean-up leaves as it is, whatever text follows."""
+    for length in range(len(DATE_PLACEHOLDER) - 1, 0, -1):
+        if response.endswith(DATE_PLACEHOLDER[:length]):
+            response = response[:-length]
+            break
+    return response.rstrip("".join(FULL_WIDTH))
+
+
+def whole_number(name: str, value) -> Optional[int]:
+    if value is None or (isinstance(value, float) and value.is_integer()):
+        return None if value is None else int(value)
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} = {value!r} ({type(value).__name__}): give a whole number") from None
+
+
+# --- history and prompt ----------------------------------------------------------------------------------------------
 
 
 def is_messages(history: Optional[list]) -> bool:
@@ -36,16 +61,18 @@ def with_round(history: Optional[list], query: str, response: str) -> list:
     return [*(history or []), (query, response)]
 
 
-def without_oldest_round(history: Optional[list]) -> Optional[list]:
-    """`history` without its first question and answer; a system message stays. None when no round is left."""
-    if not is_messages(history):
-        return list(history[1:]) if history else None
+def count_rounds(history: Optional[list]) -> int:
+    return sum(not is_messages(history) or message.get("role") == "user" for message in history or [])
+
+
+def without_oldest_rounds(history: Optional[list], count: int) -> list:
+    """`history` without its first `count` questions and their answers; system messages stay."""
+    if not is_messages(history) or not count:
+        return list(history or [])[count:]
     system = [message for message in history if message.get("role") == "system"]
-    rounds = [message for message in history if message.get("role") != "system"]
-    starts = [index for index, message in enumerate(rounds) if message.get("role") == "user"]
-    if not starts:
-        return None
-    return system + (rounds[starts[1] :] if len(starts) > 1 else [])
+    others = [message for message in history if message.get("role") != "system"]
+    starts = [index for index, message in enumerate(others) if message.get("role") == "user"]
+    return system + (others[starts[count] :] if count < len(starts) else [])
 
 
 class Rounds(NamedTuple):
@@ -58,21 +85,37 @@ class Rounds(NamedTuple):
 
     def prompt_within(self, max_length: Optional[int]) -> list[int]:
         """The ids of the prompt; ValueError where `max_length` leaves no room for an answer."""
-        history = self.history
-        ids = self.tokenizer.build_chat_input_ids(self.query, history)
+        ids = self._ids_without(0)
         if max_length is None:
             return ids
-        while self.answer_room is not None and len(ids) + self.answer_room > max_length:
-            history = without_oldest_round(history)
-            if history is None:
-                break
-            ids = self.tokenizer.build_chat_input_ids(self.query, history)
+        if self.answer_room is not None and len(ids) + self.answer_room > max_length:
+            ids = self._longest_within(ids, max_length - self.answer_room)
         if len(ids) < max_length:
             return ids
         raise ValueError(
             f"the prompt has {len(ids)} tokens and max_length is {max_length}: no room is left for an answer; "
             "raise max_length, shorten the history (answer_room=256 leaves out its oldest rounds) or the query"
         )
+
+    def _ids_without(self, rounds: int) -> list[int]:
+        return self.tokenizer.build_chat_input_ids(self.query, without_oldest_rounds(self.history, rounds))
+
+    def _longest_within(self, ids: list[int], limit: int) -> list[int]:
+        """The ids with as many of the latest rounds as fit, by bisection: encoding a long history takes its time."""
+        too_few, enough = 0, count_rounds(self.history)  # rounds to leave out; more than all of them can't be
+        if enough:
+            ids = self._ids_without(enough)
+        while enough - too_few > 1:
+            middle = (too_few + enough) // 2
+            shorter = self._ids_without(middle)
+            if len(shorter) > limit:
+                too_few = middle
+            else:
+                enough, ids = middle, shorter
+        return ids
+
+
+# --- the answer ------------------------------------------------------------------------------------------------------
 
 
 class FiniteScores(LogitsProcessor):
@@ -88,23 +131,30 @@ class FiniteScores(LogitsProcessor):
 
 
 class Answer(StoppingCriteria):
-    """The text of an answer: decoding, clean-up, and stop strings, in one place for chat and stream_chat."""
+    """The text of an answer as it is shown, and its end before a stop string; one place for chat and stream_chat."""
 
-    def __init__(self, tokenizer, prompt_length: int, process_response, stop: Optional[list[str]]):
+    def __init__(self, tokenizer, prompt_length: int, process_response, stop: Optional[list[str]], num_beams: int = 1):
         self.tokenizer, self.prompt_length, self.process_response = tokenizer, prompt_length, process_response
-        self.stop = [stop] if isinstance(stop, str) else list(stop or [])
-        if "" in self.stop:
-            raise ValueError(f"stop = {stop!r}: an empty text would end every answer before it begins")
+        self.stop, self.num_beams = [stop] if isinstance(stop, str) else list(stop or []), num_beams
+        if not all(isinstance(word, str) and word for word in self.stop):
+            raise ValueError(f"stop = {stop!r}: give texts; an empty one would end every answer before it begins")
 
-    def decoded(self, ids: Tensor) -> tuple[str, bool]:
-        """The text of `ids` [n] behind the prompt, cut before the first stop string; and whether one was found."""
-        text = self.tokenizer.decode(ids[self.prompt_length :].tolist())
-        ends = [text.find(word) for word in self.stop if word in text]
-        return (text[: min(ends)], True) if ends else (text, False)
+    def ended(self, ids: Tensor, finished: bool) -> tuple[str, bool]:
+        """The text of `ids` [n] behind the prompt, cut before the first stop string; and whether one was found.
+
+        Stop strings are looked for in what is shown, so in the cleaned text, where more text can't change it.
+        """
+        raw = self.tokenizer.decode(ids[self.prompt_length :].tolist())
+        raw = raw if finished else raw.rstrip(UNFINISHED)
+        text = self.process_response(raw)
+        blanks = raw[len(raw.rstrip()) :] if text else ""  # not shown yet, but they may be in a stop string
+        searched = text + blanks if finished else settled(text + blanks)
+        ends = [searched.find(word) for word in self.stop if word in searched]
+        return (text[: min(ends)].rstrip(), True) if ends else (text, False)
 
     def text(self, ids: Tensor, finished: bool) -> str:
-        text, stopped = self.decoded(ids)
-        return self.process_response(text if finished or stopped else self.shown(text.rstrip(UNFINISHED)))
+        text, stopped = self.ended(ids, finished)
+        return text if finished or stopped or not self.stop else self.shown(settled(text))
 
     def shown(self, text: str) -> str:
         """Unfinished text without an end that may yet become a stop string."""
@@ -113,7 +163,15 @@ class Answer(StoppingCriteria):
         return text[: len(text) - held_back]
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> bool:
-        return bool(self.stop) and self.decoded(input_ids[0])[1]
+        """Beams end when all of them have come to the same answer: then it doesn't matter which of them wins."""
+        if not self.stop:
+            return False
+        rows = input_ids if self.num_beams > 1 else input_ids[:1]
+        answers = {self.ended(ids, finished=False) for ids in rows}
+        return len(answers) == 1 and answers.pop()[1]
+
+
+# --- tokens on their way ---------------------------------------------------------------------------------------------
 
 
 class TokenTap(StoppingCriteria):
@@ -131,9 +189,12 @@ class TokenTap(StoppingCriteria):
         self.length = input_ids.shape[1]
         return self.stopped
 
-    def run(self, generate, arguments: dict[str, Any]) -> None:
+    def run(self, contexts: list, generate, arguments: dict[str, Any]) -> None:
         try:
-            output = generate(**arguments)
+            with ExitStack() as stack:
+                for context in contexts:
+                    stack.enter_context(context)
+                output = generate(**arguments)
             ids = output if torch.is_tensor(output) else output.sequences
             if ids.shape[1] > self.length:
                 self.queue.put(ids)
@@ -148,6 +209,22 @@ class TokenTap(StoppingCriteria):
             yield item
 
 
+def state_of_thread(device: torch.device) -> list:
+    """What PyTorch keeps for this thread alone, as contexts for another one: autocast, inference mode, and CUDA's
+    current device and stream. (Gradients are off in both.)"""
+    kinds = [kind for kind in {"cpu", device.type} if torch.amp.is_autocast_available(kind)]
+    contexts: list = [
+        torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=torch.is_autocast_cache_enabled())
+        for kind in kinds
+        if torch.is_autocast_enabled(kind)
+    ]
+    if torch.is_inference_mode_enabled():
+        contexts.append(torch.inference_mode())
+    if torch.cuda.is_initialized():
+        contexts.append(torch.cuda.stream(torch.cuda.current_stream()))  # sets the device too
+    return contexts
+
+
 class ChatMixin:
     """chat, stream_chat and stream_generate of the model."""
 
@@ -155,7 +232,6 @@ class ChatMixin:
         """The official clean-up of an answer; see chat.process_response."""
         return process_response(response)
 
-    @torch.no_grad()
     def chat(
         self,
         tokenizer,
@@ -176,7 +252,7 @@ class ChatMixin:
         Args:
             history: earlier rounds as (query, answer) pairs, or role/content messages; not changed.
             max_length: tokens of prompt and answer together (or give max_new_tokens).
-            stop: texts that end the answer; the answer is cut before them.
+            stop: texts, as they would be shown, that end the answer; it is cut before them.
             answer_room: tokens to keep free for the answer: the oldest rounds are left out of the prompt until they
                 are. Without it a prompt that fills `max_length` is an error.
             kwargs: anything that transformers' `generate` takes.
@@ -185,19 +261,15 @@ class ChatMixin:
             the answer, and a new history with this round added in the form that `history` had.
 
         Raises:
-            ValueError: no room under max_length; scores that are not finite.
+            ValueError: no room under max_length; scores that are not finite; a length that is no whole number.
         """
         kwargs.update(do_sample=do_sample, top_p=top_p, temperature=temperature, num_beams=num_beams)
-        rounds = Rounds(tokenizer, query, history, answer_room)
-        prompt, arguments = self._chat_arguments(rounds, max_length, logits_processor, kwargs)
-        answer = Answer(tokenizer, prompt.shape[1], self.process_response, stop)
-        arguments["stopping_criteria"].append(answer)
-        output = self.generate(input_ids=prompt, **arguments)
-        output = output if torch.is_tensor(output) else output.sequences
-        response = answer.text(output[0], finished=True)
+        rounds = Rounds(tokenizer, query, history, whole_number("answer_room", answer_room))
+        answer, arguments = self._chat_arguments(rounds, max_length, logits_processor, stop, kwargs)
+        output = self.generate(**arguments)
+        response = answer.text((output if torch.is_tensor(output) else output.sequences)[0], finished=True)
         return response, with_round(history, query, response)
 
-    @torch.no_grad()
     def stream_chat(
         self,
         tokenizer,
@@ -217,19 +289,16 @@ class ChatMixin:
         Closing the generator (or leaving its loop) ends the generation.
         """
         kwargs.update(do_sample=do_sample, top_p=top_p, temperature=temperature)
-        rounds = Rounds(tokenizer, query, history, answer_room)
-        prompt, arguments = self._chat_arguments(rounds, max_length, logits_processor, kwargs)
-        answer = Answer(tokenizer, prompt.shape[1], self.process_response, stop)
-        arguments["stopping_criteria"].append(answer)
-        shown, ids = None, prompt
-        for ids in self.stream_generate(prompt, **arguments):
+        rounds = Rounds(tokenizer, query, history, whole_number("answer_room", answer_room))
+        answer, arguments = self._chat_arguments(rounds, max_length, logits_processor, stop, kwargs)
+        shown, ids = None, arguments["input_ids"]
+        for ids in self.stream_generate(**arguments):
             shown = answer.text(ids[0], finished=False)
             yield shown, with_round(history, query, shown)
         response = answer.text(ids[0], finished=True)
         if response != shown:
             yield response, with_round(history, query, response)
 
-    @torch.no_grad()
     def stream_generate(
         self,
         input_ids: Tensor,
@@ -241,38 +310,45 @@ class ChatMixin:
     ) -> Iterator[Tensor]:
         """Runs `generate` and yields the ids so far, [B, n], after each token, the last included (no beams).
 
-        The generation runs in a thread of its own, which ends when this generator does.
+        The generation runs in a thread of its own, which ends when this generator does. Autocast, inference mode,
+        context variables and CUDA's current device and stream are there what they are here at the first step.
         """
-        if (kwargs.get("num_beams") or 1) > 1:
+        if (whole_number("num_beams", kwargs.get("num_beams")) or 1) > 1:
             raise ValueError(f"num_beams = {kwargs['num_beams']}: beams cannot be streamed; use chat() or generate()")
         tap = TokenTap()
-        arguments = dict(kwargs, input_ids=input_ids, logits_processor=logits_processor or LogitsProcessorList())
+        kwargs.update(generation_config=generation_config, prefix_allowed_tokens_fn=prefix_allowed_tokens_fn)
+        kwargs.update(input_ids=input_ids, logits_processor=logits_processor)
+        arguments = {name: value for name, value in kwargs.items() if value is not None}
         arguments["stopping_criteria"] = StoppingCriteriaList([*(stopping_criteria or []), tap])
-        optional = {"generation_config": generation_config, "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn}
-        arguments.update({name: value for name, value in optional.items() if value is not None})
-        thread = threading.Thread(target=tap.run, args=(self.generate, arguments), daemon=True)
+        run, context = contextvars.copy_context().run, state_of_thread(self.device)
+        thread = threading.Thread(target=run, args=(tap.run, context, self.generate, arguments), daemon=True)
         thread.start()
         try:
             yield from tap
         finally:
             tap.stopped = True
-            thread.join()
+            if thread is not threading.current_thread():  # the garbage collector may come by there
+                thread.join()
 
-    def _chat_arguments(self, rounds: Rounds, max_length: int, logits_processor, options: dict[str, Any]):
-        """Prompt ids [1, S] and the arguments of `generate` for one round of chat."""
-        if options.get("max_new_tokens") is not None:
-            max_length = None
+    def _chat_arguments(self, rounds: Rounds, max_length, logits_processor, stop, options: dict[str, Any]):
+        """How to read the answer, and the arguments of `generate`, for one round of chat."""
+        for name in ("max_new_tokens", "num_beams"):
+            if options.get(name) is not None:
+                options[name] = whole_number(name, options[name])
+        max_length = whole_number("max_length", max_length) if options.get("max_new_tokens") is None else None
         trimmed = self.config.max_sequence_length if rounds.answer_room is not None else None
-        ids = rounds.prompt_within(trimmed if max_length is None else max_length)
+        prompt = torch.tensor([rounds.prompt_within(trimmed if max_length is None else max_length)])
         if max_length is not None:
             options["max_length"] = max_length
         if not options["do_sample"]:  # generate would warn that they have no effect
             options = {name: value for name, value in options.items() if name not in ("top_p", "temperature", "top_k")}
         else:
-            own = getattr(getattr(self, "generation_config", None), "top_k", None)
-            options.setdefault("top_k", own or 50)  # the default of the transformers that the original ran on
-        prompt = torch.tensor([ids], device=self.device)
-        options["attention_mask"] = torch.ones_like(prompt)
+            settings = options.get("generation_config") or getattr(self, "generation_config", self.config)
+            own = getattr(settings, "top_k", None)
+            options.setdefault("top_k", 50 if own is None else own)  # as in the transformers that the original ran on
+        answer = Answer(rounds.tokenizer, prompt.shape[1], self.process_response, stop, options.get("num_beams") or 1)
+        options["input_ids"] = prompt.to(self.device)
+        options["attention_mask"] = torch.ones_like(options["input_ids"])
         options["logits_processor"] = LogitsProcessorList([*(logits_processor or []), FiniteScores()])
-        options["stopping_criteria"] = StoppingCriteriaList(options.get("stopping_criteria") or [])
-        return prompt, options
+        options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or []), answer])
+        return answer, options
