@@ -11,6 +11,7 @@ Notation: M rows of activations, N output features, K input features, G groups o
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import ctypes
 import ctypes.util
@@ -23,8 +24,6 @@ import sys
 import threading
 import types
 import warnings
-from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,7 +37,7 @@ SOURCE = r"""
 // A quantized matrix: `rows` output features by `columns` input features, row after row.
 //   8 bits: one signed byte a column.
 //   4 bits: one byte for two columns, two's complement, the even column in the HIGH nibble.
-// A scale serves 2^groupShift columns of a row; with one scale per row groups = 1 and groupShift = 31.
+// columns is a multiple of 8. A scale serves 2^groupShift of them; with one scale per row groups = 1, groupShift = 31.
 // Python fills this struct in as class _Matrix: same fields, same order.
 struct Matrix {
     const signed char *packed;
@@ -89,52 +88,30 @@ template <class T> __device__ __forceinline__ float rounded(float value) {
     return load(&element);
 }
 
-// 128 bits at once; p is a multiple of 16 bytes.
-__device__ __forceinline__ void load128(const void *p, unsigned *words) {
-    const uint4 loaded = *(const uint4 *)p;
-    words[0] = loaded.x; words[1] = loaded.y; words[2] = loaded.z; words[3] = loaded.w;
-}
-__device__ __forceinline__ void store128(void *p, const unsigned *words) {
-    uint4 stored;
-    stored.x = words[0]; stored.y = words[1]; stored.z = words[2]; stored.w = words[3];
-    *(uint4 *)p = stored;
-}
-
-// Eight consecutive elements.
+// Eight consecutive elements, 128 bits at a time; p is a multiple of 16 bytes. Two 16-bit elements are taken out of a
+// word by shifts, of which one folds into bfloat16's own.
 __device__ __forceinline__ void load8(const float *p, float *values) {
-    unsigned words[8];
-    load128(p, words);
-    load128(p + 4, words + 4);
+    alignas(16) float elements[8];
     #pragma unroll
-    for (int i = 0; i < 8; ++i) values[i] = __uint_as_float(words[i]);
+    for (int i = 0; i < 2; ++i) ((uint4 *)elements)[i] = ((const uint4 *)p)[i];
+    #pragma unroll
+    for (int i = 0; i < 8; ++i) values[i] = elements[i];
 }
 template <class T> __device__ __forceinline__ void load8(const T *p, float *values) {
-    unsigned words[4];
-    load128(p, words);
+    alignas(16) unsigned words[4];
+    *(uint4 *)words = *(const uint4 *)p;
     #pragma unroll
     for (int i = 0; i < 8; ++i) {
-        T element;
-        element.bits = (unsigned short)(words[i / 2] >> 16 * (i % 2));
+        const T element = {(unsigned short)(words[i / 2] >> 16 * (i % 2))};
         values[i] = load(&element);
     }
 }
-__device__ __forceinline__ void store8(float *p, const float *values) {
-    unsigned words[8];
-    #pragma unroll
-    for (int i = 0; i < 8; ++i) words[i] = __float_as_uint(values[i]);
-    store128(p, words);
-    store128(p + 4, words + 4);
-}
 template <class T> __device__ __forceinline__ void store8(T *p, const float *values) {
-    unsigned words[4];
+    alignas(16) T elements[8];
     #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        T low, high;
-        store(&low, values[2 * i]);
-        store(&high, values[2 * i + 1]);
-        words[i] = low.bits | (unsigned)high.bits << 16;
-    }
-    store128(p, words);
+    for (int i = 0; i < 8; ++i) store(elements + i, values[i]);
+    #pragma unroll
+    for (int i = 0; i < sizeof(T) / 2; ++i) ((uint4 *)p)[i] = ((const uint4 *)elements)[i];
 }
 
 // ---- 2. Weights ----------------------------------------------------------------------------------------------------
@@ -163,11 +140,6 @@ template <> __device__ __forceinline__ void unpack8<4>(const unsigned *words, fl
         const unsigned power = (unsigned)(127 + 23 - bit) << 23;
         values[i] = __uint_as_float(andOr(word, 15u << bit, power)) - ((float)(1 << (23 - bit)) + 8.f);
     }
-}
-template <int BITS> __device__ __forceinline__ float unpack1(const signed char *row, int column) {
-    if (BITS == 8) return (float)row[column];
-    const int pair = row[column / 2];
-    return (float)(column % 2 ? (int)((unsigned)pair << 28) >> 28 : pair >> 4);
 }
 
 template <int BITS> __device__ __forceinline__ const signed char *packedRow(const Matrix &w, int row) {
@@ -211,9 +183,10 @@ __device__ __forceinline__ void linear(const Matrix &w, const T *x, T *y, int m)
 
     float sums[WARP_ROWS][TILE] = {};
     for (int column = lane * CHUNK; column < w.columns; column += 32 * CHUNK) {
-        unsigned words[WARP_ROWS][4];
+        alignas(16) unsigned words[WARP_ROWS][4];
         #pragma unroll
-        for (int r = 0; r < WARP_ROWS; ++r) load128(packedRow<BITS>(w, rows[r]) + column / (8 / BITS), words[r]);
+        for (int r = 0; r < WARP_ROWS; ++r)
+            *(uint4 *)words[r] = *(const uint4 *)(packedRow<BITS>(w, rows[r]) + column / (8 / BITS));
         float parts[WARP_ROWS][TILE] = {};
         #pragma unroll
         for (int i = 0; i < CHUNK; i += 8) {
@@ -255,11 +228,6 @@ template <class T, int BITS> __device__ __forceinline__ void dequantize(const Ma
     const int row = blockIdx.x;
     const signed char *packed = packedRow<BITS>(w, row);
     out += (long long)row * w.columns;
-    if (w.columns % 8) {  // rows begin anywhere: column by column
-        for (int column = threadIdx.x; column < w.columns; column += blockDim.x)
-            store(out + column, unpack1<BITS>(packed, column) * scaleAt<T>(w, row, column));
-        return;
-    }
     for (int column = threadIdx.x * 8; column < w.columns; column += blockDim.x * 8) {
         unsigned words[BITS / 4];
         #pragma unroll
@@ -450,14 +418,10 @@ def _matrix(packed, packed_shape, packed_dtype, scale, scale_shape, scale_dtype,
     if len(scale_shape) not in (1, 2) or scale_shape[0] != rows or groups == 0 or columns % groups:
         raise ValueError(f"scales {tuple(scale_shape)} do not fit a weight of {rows} rows and {columns} columns")
     group = columns // groups
-    if groups == 1:
-        shift = _ONE_GROUP
-    elif group >= 8 and group & (group - 1) == 0:
-        shift = group.bit_length() - 1
-    else:
+    is_power = group & (group - 1) == 0
+    if columns % 8 or packed % 16 or scale_dtype not in _SCALE_TYPES or groups > 1 and not (is_power and group >= 8):
         return None
-    if packed % 16 or scale_dtype not in _SCALE_TYPES:
-        return None
+    shift = _ONE_GROUP if groups == 1 else group.bit_length() - 1
     return _Matrix(packed, scale, _SCALE_TYPES[scale_dtype], rows, columns, groups, shift)
 
 
@@ -473,11 +437,11 @@ def _is_fused(x: Tensor, matrix: _Matrix, bits: int) -> bool:
 class _Kernels:
     """The compiled kernels of one device."""
 
-    def __init__(self, cpm: _CpmKernels, device: torch.device, cubin: bytes):
+    def __init__(self, cpm: types.SimpleNamespace, device: torch.device, cubin: bytes):
         self._device = device
         self._set_device = cpm.library.cudart.cudaSetDevice
-        module = cpm.base.LazyKernelCModule(cubin)
-        self._function = functools.cache(functools.partial(cpm.base.KernelFunction, module))
+        module = cpm.LazyKernelCModule(cubin)
+        self._function = functools.cache(functools.partial(cpm.KernelFunction, module))
         with _on(device):
             self._set_device(device.index or 0)
             module.get_module()  # here, not at the first product: the driver may refuse the cubin
@@ -533,13 +497,6 @@ class _Unavailable(Exception):
     """Why there are no kernels, and the cure, in one sentence each."""
 
 
-class _CpmKernels(NamedTuple):
-    """The modules of cpm_kernels that are used."""
-
-    base: types.ModuleType  # LazyKernelCModule, KernelFunction
-    library: types.ModuleType  # cuda, cudart, nvrtc, cublaslt
-
-
 _lock = threading.Lock()
 _loaded: dict[int, _Kernels | None] = {}  # by device index; None: tried, warned, left to PyTorch
 
@@ -549,14 +506,11 @@ def _kernels_for(*tensors: Tensor) -> _Kernels | None:
     device = tensors[0].device
     if not _is_served(tensors[0]) or any(tensor.device != device for tensor in tensors):
         return None
-    try:
-        return _loaded[device.index]
-    except KeyError:
-        pass
-    with _lock:
-        if device.index not in _loaded:
-            _loaded[device.index] = _load_or_warn(device)
-        return _loaded[device.index]
+    if device.index not in _loaded:
+        with _lock:
+            if device.index not in _loaded:
+                _loaded[device.index] = _load_or_warn(device)
+    return _loaded[device.index]
 
 
 def _load_or_warn(device: torch.device) -> _Kernels | None:
@@ -567,10 +521,11 @@ def _load_or_warn(device: torch.device) -> _Kernels | None:
         return kernels
     except _Unavailable as error:
         _warn_once(str(error))
+    except torch.cuda.OutOfMemoryError:  # says itself what is wrong, and the next product may find room
+        raise
     except Exception as error:  # whatever a driver, a loader or a package may raise: named, then left to PyTorch
-        _warn_once(
-            f"{type(error).__name__}: {error}. Update the NVIDIA driver, torch and cpm_kernels to matching ones."
-        )
+        cure = "If that does not say what to do: update the NVIDIA driver, torch and cpm_kernels to matching versions."
+        _warn_once(f"{type(error).__name__}: {error}. {cure}")
     return None
 
 
@@ -596,58 +551,16 @@ def _compile(nvrtc: types.ModuleType, capability: tuple[int, int]) -> bytes:
             reason = str(error)
         finally:
             nvrtc.nvrtcDestroyProgram(program)
-    version = "{}.{}".format(*nvrtc.version)
     raise _Unavailable(
-        f"NVRTC {version} does not compile for sm_{major}{minor} ({reason.strip()}). "
+        f"NVRTC {'.'.join(map(str, nvrtc.version))} does not compile for sm_{major}{minor} ({reason.strip()}). "
         "The kernels need a GPU of compute capability 7.0 or newer and an NVRTC that knows it: "
-        f"pip install -U {_pip_package('cuda-nvrtc')}, or point CUDA_PATH at a matching CUDA toolkit."
+        f"pip install -U {_pip_package('nvrtc')}, or point CUDA_PATH at a matching CUDA toolkit."
     )
 
 
-@functools.cache
-def _cpm_kernels() -> _CpmKernels:
-    """cpm_kernels, complete with its CUDA libraries, or _Unavailable."""
-    if torch.version.hip:
-        raise _Unavailable("This is a ROCm build of PyTorch; the kernels are for NVIDIA GPUs.")
-    _forget_useless_import()
-    with _lent_to_cpm_kernels():
-        try:  # as transformers wants it: outside of a `try`, its import scan would make the package a requirement
-            import cpm_kernels.kernels.base as base
-            import cpm_kernels.library as library
-        except ModuleNotFoundError as error:
-            if error.name != "cpm_kernels":
-                raise
-            raise _Unavailable("cpm_kernels is not installed: pip install cpm_kernels.") from error
-    for missing in _missing_libraries(library):
-        raise _Unavailable(f"cpm_kernels cannot load lib{missing}: {_cure(missing)}")
-    return _CpmKernels(base, library)
-
-
-def _missing_libraries(library: types.ModuleType) -> list[str]:
-    """The CUDA libraries that cpm_kernels did not find; each that it did has answered with a version."""
-    versions = {
-        "cuda": library.cuda.version,
-        "cudart": library.cudart.version,
-        "nvrtc": library.nvrtc.version[0],
-        "cublasLt": library.cublaslt.version,
-    }
-    return [name for name, version in versions.items() if not version]
-
-
-def _cure(name: str) -> str:
-    if name == "cuda":
-        return "install the NVIDIA driver."
-    package = {"cudart": "cuda-runtime", "nvrtc": "cuda-nvrtc", "cublasLt": "cublas"}[name]
-    return f"pip install {_pip_package(package)}, or point CUDA_PATH at a CUDA toolkit."
-
-
-def _pip_package(name: str) -> str:
-    """NVIDIA's pip package for torch's version of CUDA; since 13 its name has no suffix."""
-    major = (torch.version.cuda or "").split(".")[0]
-    return f"nvidia-{name}-cu{major}" if major in ("11", "12") else f"nvidia-{name}"
-
-
 # ---- Checking, once on every GPU ------------------------------------------------------------------------------------
+
+_CHECKED_ROWS, _CHECKED_COLUMNS = 9, 33 * 32  # a block of the product and a row more; a warp's columns and a load more
 
 
 def _check(kernels: _Kernels, device: torch.device) -> None:
@@ -662,102 +575,111 @@ def _check(kernels: _Kernels, device: torch.device) -> None:
 
 
 def _wrong_kernel(kernels: _Kernels, device: torch.device, bits: int) -> str | None:
-    """The first kernel whose numbers are not those of PyTorch on the CPU."""
-    limit, rows, columns = 2 ** (bits - 1), 9, 1056
-    cpu = torch.device("cpu")  # whatever the default device is
-    values = torch.arange(rows * columns, device=cpu).view(rows, columns) * 37 % (2 * limit) - limit  # every integer
-    scale = torch.linspace(0.001, 0.02, rows, dtype=torch.float32, device=cpu).half()
-    exact = values.double() * scale.double()[:, None]
-    packed = _packed(values, bits).to(device)
-    matrix = _describe(packed, scale.to(device), bits)
+    """The first kernel whose numbers are not those that quantization.py computes on the CPU."""
+    from .quantization import dequantize_weight, quantize_weight  # not above: that file imports this one
 
-    weight = _unwritten(rows, columns, device=device)
+    cpu = torch.device("cpu")  # whatever the default device is
+    every_byte = torch.arange(_CHECKED_ROWS * _CHECKED_COLUMNS * bits // 8, device=cpu) * 37 % 256 - 128
+    packed = every_byte.to(torch.int8).view(_CHECKED_ROWS, -1)
+    scale = torch.linspace(0.001, 0.02, _CHECKED_ROWS, dtype=torch.float32, device=cpu).half()
+    exact = dequantize_weight(packed, scale, bits, torch.float64)
+    stored, stored_scale = packed.to(device), scale.to(device)  # by name, for `matrix` does not keep them alive
+    matrix = _describe(stored, stored_scale, bits)
+
+    weight = _unwritten(_CHECKED_ROWS, _CHECKED_COLUMNS, device)
     kernels.dequantize(matrix, bits, weight)
     if not torch.equal(weight.cpu(), exact.half()):
         return "extraction"
-    for m in (1, 5):
-        x = torch.arange(m * columns, dtype=torch.float32, device=cpu).sin().half().view(m, columns)
-        y = _unwritten(m, rows, device=device)
+    for m in (1, 5):  # one row in a tile; a full tile of four and one that is not
+        x = torch.arange(m * _CHECKED_COLUMNS, dtype=torch.float32, device=cpu).sin().half().view(m, -1)
+        y = _unwritten(m, _CHECKED_ROWS, device)
         kernels.linear(matrix, bits, x.to(device), y)
         expected, magnitude = x.double() @ exact.T, x.double().abs() @ exact.abs().T
         if not bool(((y.cpu() - expected).abs() <= 1e-3 * expected.abs() + 1e-5 * magnitude).all()):
             return f"product of {m} rows"
-    again, again_scale = torch.zeros_like(packed), _unwritten(rows, device=device)
+    again, again_scale = torch.zeros_like(stored), _unwritten(_CHECKED_ROWS, 1, device).flatten()
     kernels.quantize(weight, bits, again, again_scale)
-    expected_scale = exact.half().abs().amax(dim=1) / (limit - 1)
-    expected = _packed((exact.half() / expected_scale[:, None]).round().long(), bits)
-    return (
-        None
-        if torch.equal(again.cpu(), expected) and torch.equal(again_scale.cpu(), expected_scale)
-        else "compression"
+    expected, expected_scale = quantize_weight(exact.half(), bits)
+    is_right = torch.equal(again.cpu(), expected) and torch.equal(again_scale.cpu(), expected_scale)
+    return None if is_right else "compression"
+
+
+def _unwritten(rows: int, columns: int, device: torch.device) -> Tensor:
+    """Room for a result, without the right numbers of an earlier one."""
+    return torch.full((rows, columns), float("nan"), dtype=torch.float16, device=device)
+
+
+# ---- cpm_kernels, without importing it ------------------------------------------------------------------------------
+
+
+@functools.cache
+def _cpm_kernels() -> types.SimpleNamespace:
+    """What is used of cpm_kernels 1.0.11: `library` (cuda, cudart, nvrtc), LazyKernelCModule, KernelFunction.
+
+    `import cpm_kernels` needs pkg_resources, which new environments lack, and does not find the CUDA of pip. Lending
+    it both would change sys.modules, os and ctypes under the feet of other threads. So the five files that are needed
+    run as modules of our own: they import what they are given, and nothing of the process changes.
+    """
+    if torch.version.hip:
+        raise _Unavailable("This is a ROCm build of PyTorch; the kernels are for NVIDIA GPUs.")
+    package = importlib.util.find_spec("cpm_kernels")
+    if package is None:
+        raise _Unavailable("cpm_kernels is not installed: pip install cpm_kernels.")
+    folder = package.submodule_search_locations[0]
+    base = _run(folder, "library.base")
+    base.unix_find_lib = base.windows_find_lib = _find_library
+    library = types.SimpleNamespace()
+    for name in ("cuda", "cudart", "nvrtc"):
+        setattr(library, name, _run(folder, f"library.{name}", base=base))
+    # cpm_kernels' own Device opens cuBLAS, too; what a launch needs of it is that the runtime is initialized.
+    device = types.SimpleNamespace(use=lambda: library.cudart.cudaFree(None))
+    devices = types.SimpleNamespace(Device=lambda index: device)
+    launching = _run(folder, "kernels.base", library=library, device=devices, pkg_resources=None)
+    return types.SimpleNamespace(
+        library=library,
+        LazyKernelCModule=launching.LazyKernelCModule,
+        KernelFunction=launching.KernelFunction,
     )
 
 
-def _unwritten(*shape: int, device: torch.device) -> Tensor:
-    """Room for a result, without the right numbers of an earlier one."""
-    return torch.full(shape, float("nan"), dtype=torch.float16, device=device)
+def _run(folder: str, name: str, **given) -> types.ModuleType:
+    """A file of cpm_kernels, run as a module that only the caller has; its imports of a name in `given` get that."""
+
+    def importing(name, *arguments):
+        return given[name] if name in given else __import__(name, *arguments)
+
+    path = os.path.join(folder, *name.split(".")) + ".py"
+    spec = importlib.util.spec_from_file_location(f"cpm_kernels.{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    module.__builtins__ = {**vars(builtins), "__import__": importing}  # where an import statement looks first
+    spec.loader.exec_module(module)
+    return module
 
 
-def _packed(values: Tensor, bits: int) -> Tensor:
-    """Integers [N, K] as the format stores them."""
-    values = values.to(torch.int8)
-    return values if bits == 8 else (values[:, 0::2] & 15) << 4 | (values[:, 1::2] & 15)
+def _find_library(name: str) -> str:
+    """lib<name> of $CUDA_PATH, else of the CUDA that torch came with, of the system's toolkit, of the system."""
+    on_windows = sys.platform == "win32"
+    file = re.compile(rf"{name}64_[\d_]+\.dll" if on_windows else rf"lib{name}(-[0-9a-f]+)?\.so(\.\d+)*")
+    if on_windows:
+        places = [_torch_folders(), os.environ.get("PATH", "").split(os.pathsep)]
+    else:
+        chosen = [os.path.join(os.environ["CUDA_PATH"], "lib64")] if "CUDA_PATH" in os.environ else []
+        places = [chosen, _torch_folders(), ["/usr/local/cuda/lib64"]]
+    for folders in places:
+        entries = [entry for folder in folders for entry in sorted(glob.glob(os.path.join(glob.escape(folder), "*")))]
+        found = [entry for entry in entries if file.fullmatch(os.path.basename(entry))]
+        if found:
+            return min(found, key=lambda entry: f".so.{_cuda_major()}" not in entry)
+    if name == "cuda":  # the driver's: loaded, for there is a tensor on the GPU
+        return "nvcuda.dll" if on_windows else "libcuda.so.1"
+    known = ctypes.util.find_library(name)
+    if known is None:
+        cure = f"pip install {_pip_package(name)}, or point CUDA_PATH at a CUDA toolkit."
+        raise _Unavailable(f"cpm_kernels cannot load lib{name}: {cure}")
+    return known
 
 
-# ---- What cpm_kernels 1.0.11 lacks today ----------------------------------------------------------------------------
-
-
-def _forget_useless_import() -> None:
-    """An import of cpm_kernels that failed or found no libraries stays in sys.modules; it would be served again."""
-    library = sys.modules.get("cpm_kernels.library")
-    if library and "cpm_kernels" in sys.modules and not _missing_libraries(library):
-        return
-    for name in [name for name in sys.modules if name.split(".")[0] == "cpm_kernels"]:
-        del sys.modules[name]
-
-
-@contextlib.contextmanager
-def _lent_to_cpm_kernels() -> Iterator[None]:
-    """For the import of cpm_kernels only: a pkg_resources, a search that finds pip's CUDA, and a PATH of folders.
-
-    It imports pkg_resources, which new environments no longer have; it knows $CUDA_PATH, /usr/local/cuda and
-    ctypes.util.find_library, but not the libraries that torch itself came with; on Windows it lists every entry of
-    PATH, files too, and torch's folder is not on it.
-    """
-    find, exists, path = ctypes.util.find_library, os.path.exists, os.environ.get("PATH", "")
-    needs_stub = "pkg_resources" not in sys.modules and not importlib.util.find_spec("pkg_resources")
-    if needs_stub:
-        sys.modules["pkg_resources"] = _pkg_resources_stub()
-    ctypes.util.find_library = lambda name: _pip_library(name) or find(name)
-    os.path.exists = lambda path: exists(path) and not _is_superseded(path)
-    folders = [entry for entry in path.split(os.pathsep) if os.path.isdir(entry)]
-    os.environ["PATH"] = os.pathsep.join(_library_folders() + folders)
-    try:
-        yield
-    finally:
-        ctypes.util.find_library, os.path.exists = find, exists
-        os.environ["PATH"] = path
-        if needs_stub:
-            del sys.modules["pkg_resources"]
-
-
-def _pkg_resources_stub() -> types.ModuleType:
-    """The two functions by which cpm_kernels reads its own files."""
-
-    def location(package: str, name: str) -> str:
-        return os.path.join(os.path.dirname(sys.modules[package].__file__), name)
-
-    def resource_string(package: str, name: str) -> bytes:
-        with open(location(package, name), "rb") as file:
-            return file.read()
-
-    stub = types.ModuleType("pkg_resources")
-    stub.resource_exists = lambda package, name: os.path.exists(location(package, name))
-    stub.resource_string = resource_string
-    return stub
-
-
-def _library_folders() -> list[str]:
+def _torch_folders() -> list[str]:
     """Where torch's own CUDA libraries can be: in torch, in pip's nvidia-* packages, or in a conda environment."""
     nvidia = importlib.util.find_spec("nvidia")
     roots = nvidia.submodule_search_locations if nvidia else ()
@@ -767,20 +689,11 @@ def _library_folders() -> list[str]:
     return [folder for pattern in patterns for folder in sorted(glob.glob(pattern))]
 
 
-def _pip_library(name: str) -> str | None:
-    """lib<name> of pip's CUDA, the one of torch's own CUDA version first."""
-    pattern = re.compile(rf"lib{name}(-[0-9a-f]+)?\.so(\.\d+)*")
-    found = [
-        os.path.join(folder, file)
-        for folder in _library_folders()
-        for file in sorted(os.listdir(folder))
-        if pattern.fullmatch(file)
-    ]
-    major = (torch.version.cuda or "").split(".")[0]
-    return min(found, key=lambda path: f".so.{major}" not in path, default=None)
+def _pip_package(library: str) -> str:
+    """NVIDIA's pip package of cudart or nvrtc for torch's version of CUDA; since 13 its name has no suffix."""
+    name = {"cudart": "nvidia-cuda-runtime", "nvrtc": "nvidia-cuda-nvrtc"}[library]
+    return f"{name}-cu{_cuda_major()}" if _cuda_major() in ("11", "12") else name
 
 
-def _is_superseded(path: str) -> bool:
-    """Whether the system toolkit's library has to give way to the one that torch came with."""
-    library = re.fullmatch(r"/usr/local/cuda/lib64/lib(\w+)\.so", str(path))
-    return bool(library and _pip_library(library.group(1)))
+def _cuda_major() -> str:
+    return (torch.version.cuda or "").split(".")[0]

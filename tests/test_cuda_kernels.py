@@ -1,6 +1,6 @@
 """The CUDA kernels, proven without a GPU: compiled by NVRTC, and run on the CPU behind an emulated driver.
 
-Everything goes the way it goes on a GPU: unmodified cpm_kernels finds the (emulated) driver, NVRTC makes a cubin,
+Everything goes the way it goes on a GPU: cpm_kernels' files load the (emulated) driver, NVRTC makes a cubin,
 LazyKernelCModule loads it, KernelFunction launches. Only then the emulation runs the same source, compiled by g++.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import ctypes.util
+import glob
 import importlib
 import importlib.util
 import json
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import threading
 import warnings
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -94,8 +96,6 @@ def emulated(toolkit, monkeypatch) -> ctypes.CDLL:
     monkeypatch.setattr(cuda_kernels, "_compile", compiled_once)
     cuda_kernels._cpm_kernels.cache_clear()
     cuda_kernels._warn_once.cache_clear()
-    for name in [name for name in sys.modules if name.split(".")[0] == "cpm_kernels"]:
-        monkeypatch.delitem(sys.modules, name)
     return driver
 
 
@@ -173,7 +173,10 @@ def test_compression_reproduces_the_golden_figures(kernels, golden, bits):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_extraction_reproduces_the_golden_figures(kernels, golden, bits):
     figures = load_file(golden / "quantization.safetensors")
-    for case in sorted({name.split(".")[0] for name in figures if name.endswith(".w")}):
+    widths = {name.split(".")[0]: weight.shape[1] for name, weight in figures.items() if name.endswith(".w")}
+    cases = sorted(case for case, width in widths.items() if width % 8 == 0)
+    assert len(cases) >= 4
+    for case in cases:
         weight, scale = figures[f"{case}.int{bits}.weight"], figures[f"{case}.int{bits}.scale"]
         for dtype, name in ((torch.float16, "dequant_half"), (torch.float32, "dequant_float")):
             out = cuda_kernels.dequantize(weight.clone(), scale, bits, dtype)
@@ -199,7 +202,7 @@ def test_compression_equals_pytorch_bit_for_bit_on_odd_shapes_and_odd_numbers(ke
 @pytest.mark.parametrize("bits", [8, 4])
 def test_extraction_equals_pytorch_bit_for_bit_for_every_scale_type_and_group(kernels, bits, dtype, at_end):
     for scale_dtype in FLOATS:
-        for rows, columns, groups in ((1, 2, 1), (3, 70, 1), (2, 264, 1), (3, 256, 8), (2, 256, 2), (1, 4096, 32)):
+        for rows, columns, groups in ((1, 8, 1), (3, 72, 1), (2, 264, 1), (3, 256, 8), (2, 256, 2), (1, 4096, 32)):
             checks.check_dequantize(kernels, rows, columns, bits, groups, scale_dtype, dtype, at_end)
 
 
@@ -246,7 +249,7 @@ def test_any_shape_is_right_to_its_last_row_and_column(
     kernels, rows, width, groups, m, bits, dtype, scale_dtype, at_end
 ):
     checks.check_quantize(kernels, torch.randn(rows, 2 * width).to(dtype), bits, at_end)
-    checks.check_dequantize(kernels, rows, 2 * width, bits, 1, scale_dtype, dtype, at_end)
+    checks.check_dequantize(kernels, rows, 8 * width, bits, 1, scale_dtype, dtype, at_end)
     columns = 128 * groups if groups > 1 else width * checks.CHUNK[bits]
     checks.check_dequantize(kernels, rows, columns, bits, groups, scale_dtype, dtype, at_end)
     checks.check_linear(kernels, m, rows, columns, bits, groups, scale_dtype, dtype, at_end)
@@ -294,9 +297,9 @@ def test_few_rows_are_fused_and_many_are_multiplied_with_the_dequantized_matrix(
 
 @needs_compilers
 @pytest.mark.parametrize("bits", [8, 4])
-def test_odd_widths_go_through_the_dequantized_matrix(kernels, emulated, bits):
-    weight, scale = checks.random_weight(5, 70, bits, 1, torch.float32)
-    x = torch.randn(1, 70)
+def test_widths_that_no_load_of_a_lane_divides_go_through_the_dequantized_matrix(kernels, emulated, bits):
+    weight, scale = checks.random_weight(5, 72, bits, 1, torch.float32)
+    x = torch.randn(1, 72)
     y = cuda_kernels.linear(x, weight, scale, bits)
     assert emulated.emulatedLastKernel().decode() == f"dequantize{bits}_float"
     torch.testing.assert_close(y, F.linear(x, dequantize_weight(weight, scale, bits, torch.float32)))
@@ -327,6 +330,7 @@ def test_layouts_that_only_pytorch_serves_give_none(kernels):
     assert cuda_kernels.linear(x, weight.T.contiguous().T, scale, 8) is None
     assert cuda_kernels.linear(x, torch.zeros(8 * 96 + 1, dtype=torch.int8)[1:].view(8, 96), scale, 8) is None
     assert cuda_kernels.linear(x, weight, torch.ones(8, 4).half(), 8) is None  # groups of 24
+    assert cuda_kernels.linear(x[:, :92], weight[:, :92].contiguous(), scale, 8) is None  # not a multiple of 8
     assert cuda_kernels.linear(x.double(), weight, scale, 8) is None
     assert cuda_kernels.linear(x, weight, scale.double(), 8) is None
     assert cuda_kernels.dequantize(weight, scale, 8, torch.float64) is None
@@ -445,23 +449,116 @@ def test_tensors_on_the_cpu_are_left_alone(monkeypatch):
 def test_transformers_loads_the_file_where_cpm_kernels_is_absent(monkeypatch):
     from transformers.dynamic_module_utils import check_imports  # it refuses files whose imports are missing
 
-    for name in [name for name in sys.modules if name.split(".")[0] == "cpm_kernels"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys, "meta_path", [Absent("cpm_kernels"), *sys.meta_path])
+    monkeypatch.setitem(sys.modules, "cpm_kernels", None)
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("cpm_kernels")
     check_imports(cuda_kernels.__file__)
 
 
+FIRST_USE = """
+import builtins, ctypes.util, importlib, os, sys, threading, warnings
+sys.path.insert(0, os.environ["TESTS"])
+import conftest, torch
+from chatglm_slim import cuda_kernels, quantization
+from cuda_emulation import seam
+from pathlib import Path
+
+for name, value in seam.emulated(Path(os.environ["CUDA_PATH"], "lib64", "libcuda.so")).items():
+    setattr(cuda_kernels, name, value)
+os.environ.pop("PATH", None)
+weight, scale, x = torch.ones(8, 64, dtype=torch.int8), torch.ones(8), torch.ones(1, 64)
+
+def state():
+    functions = os.path.exists, os.listdir, ctypes.util.find_library, builtins.__import__, importlib.import_module
+    return dict(os.environ), list(sys.modules), functions, list(sys.path), list(sys.meta_path), os.getcwd()
+
+before, seen = state(), set()
+
+def look(event, arguments):
+    if looking and event in ("import", "open", "compile", "exec", "glob.glob", "os.listdir", "ctypes.dlopen"):
+        seen.add(event)
+        if state() != before:
+            os.write(2, f"changed at {event}{arguments}".encode())
+            os._exit(3)
+
+def watch():
+    while looking:
+        if state() != before:
+            os._exit(4)
+
+looking = True
+sys.addaudithook(look)
+sys.setswitchinterval(1e-5)
+thread = threading.Thread(target=watch)
+thread.start()
+warnings.simplefilter("error")
+try:
+    y = cuda_kernels.linear(x, weight, scale, 8)
+finally:
+    looking = False
+    thread.join()
+assert torch.equal(y, torch.full((1, 8), 64.0)), y
+assert {"open", "exec", "ctypes.dlopen"} <= seen, seen
+assert state() == before
+"""
+
+
 @needs_compilers
-def test_the_first_use_loads_silently_and_leaves_nothing_patched(emulated, compiling, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pkg_resources", None)  # as in an environment without it
-    monkeypatch.delitem(sys.modules, "pkg_resources")
-    before = ctypes.util.find_library, os.path.exists, os.environ["PATH"], "pkg_resources" in sys.modules
+def test_nothing_of_the_process_changes_at_the_first_use_nor_meanwhile(toolkit):
+    """At every event that Python reports to audit hooks, in a second thread, and afterwards; PATH is unset."""
+    environment = {**os.environ, "CUDA_PATH": str(toolkit), "TESTS": str(Path(__file__).parent)}
+    result = subprocess.run([sys.executable, "-c", FIRST_USE], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@needs_compilers
+def test_cpm_kernels_that_somebody_else_has_imported_is_neither_used_nor_touched(emulated, monkeypatch):
+    theirs = SimpleNamespace(__spec__=importlib.util.find_spec("cpm_kernels"))
+    monkeypatch.setitem(sys.modules, "cpm_kernels", theirs)
     y, texts = first_use()
     assert y is not None
     assert texts == []
-    assert (ctypes.util.find_library, os.path.exists, os.environ["PATH"], "pkg_resources" in sys.modules) == before
+    assert sys.modules["cpm_kernels"] is theirs
+    assert vars(theirs).keys() == {"__spec__"}
+
+
+@needs_compilers
+def test_the_check_keeps_what_it_put_on_the_gpu_until_the_launch(emulated, compiling, monkeypatch):
+    """On a GPU `.to` makes a copy; freed too early, its memory is the next tensor's."""
+    to, described, launch = torch.Tensor.to, [], cuda_kernels._Kernels._launch
+    describe = cuda_kernels._describe
+
+    def remember(weight, scale, bits):
+        described[:] = weakref.ref(weight), weakref.ref(scale)
+        return describe(weight, scale, bits)
+
+    def check_and_launch(kernels, name, *arguments):
+        assert all(tensor() is not None for tensor in described)
+        launch(kernels, name, *arguments)
+
+    def copied(tensor, *arguments, **options):
+        return to(tensor, *arguments, **options).clone()
+
+    kernels = cuda_kernels._load_or_warn(torch.device("cpu"))
+    monkeypatch.setattr(torch.Tensor, "to", copied)
+    monkeypatch.setattr(cuda_kernels, "_describe", remember)
+    monkeypatch.setattr(cuda_kernels._Kernels, "_launch", check_and_launch)
+    cuda_kernels._check(kernels, torch.device("cpu"))
+    assert described
+
+
+@needs_compilers
+def test_a_full_gpu_is_said_to_be_full_and_asked_again(emulated, monkeypatch):
+    def full(kernels, device):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda_kernels, "_check", full)
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            first_use()
+    y, texts = first_use()
+    assert y is not None
+    assert texts == []
 
 
 @needs_compilers
@@ -519,20 +616,9 @@ def test_a_gpu_newer_than_nvrtc_runs_the_code_of_its_own_generation(emulated, mo
     assert texts == []
 
 
-class Absent:
-    """A finder for sys.meta_path that hides a package."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == self.name:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-
 @needs_compilers
 def test_a_missing_cpm_kernels_is_named_once_with_its_cure(emulated, monkeypatch):
-    monkeypatch.setattr(sys, "meta_path", [Absent("cpm_kernels"), *sys.meta_path])
+    monkeypatch.setitem(sys.modules, "cpm_kernels", None)  # as where it is not installed
     y, texts = first_use()
     assert y is None
     assert len(texts) == 1
@@ -543,27 +629,21 @@ def test_a_missing_cpm_kernels_is_named_once_with_its_cure(emulated, monkeypatch
 @pytest.mark.parametrize(
     ("library", "cure"),
     [
-        ("cuda", "install the NVIDIA driver"),
-        ("cudart", "pip install nvidia-cuda-runtime-cu12,"),
-        ("nvrtc", "pip install nvidia-cuda-nvrtc-cu12,"),
-        ("cublasLt", "pip install nvidia-cublas-cu12,"),
+        ("cudart", "cannot load libcudart: pip install nvidia-cuda-runtime-cu12, or point CUDA_PATH at"),
+        ("nvrtc", "cannot load libnvrtc: pip install nvidia-cuda-nvrtc-cu12, or point CUDA_PATH at"),
+        ("cuda", "libcuda.so.1: cannot open shared object file"),  # a driver without its library
     ],
 )
 def test_a_missing_library_is_named_once_with_its_cure(emulated, toolkit, tmp_path, monkeypatch, library, cure):
-    exists = os.path.exists
-    monkeypatch.setattr(os.path, "exists", lambda path: exists(path) and not str(path).startswith("/usr/local/cuda"))
+    every = glob.glob
     monkeypatch.setattr(ctypes.util, "find_library", lambda name: None)
-    pip_library = cuda_kernels._pip_library
-    monkeypatch.setattr(cuda_kernels, "_pip_library", lambda name: None if name == library else pip_library(name))
-    (tmp_path / "lib64").mkdir()
-    for name in {"cuda", "cudart", "cublasLt"} - {library}:
-        (tmp_path / "lib64" / f"lib{name}.so").symlink_to(toolkit / "lib64" / "libcuda.so")
-    monkeypatch.setenv("CUDA_PATH", str(tmp_path))
+    monkeypatch.setattr(
+        glob, "glob", lambda pattern: [path for path in every(pattern) if f"lib{library}." not in path]
+    )
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     y, texts = first_use()
     assert y is None
     assert len(texts) == 1
-    assert f"cannot load lib{library}" in texts[0]
     assert cure in texts[0]
 
 
@@ -606,48 +686,46 @@ def test_kernels_that_are_wrong_on_a_gpu_are_not_used(emulated, tmp_path, monkey
     assert f"The {wrong} is wrong on this GPU. Please report" in texts[0]
 
 
-@needs_compilers
-def test_an_import_of_cpm_kernels_that_found_no_libraries_is_done_again(emulated, monkeypatch):
-    parts = {name: SimpleNamespace(version=0) for name in ("cuda", "cudart", "cublaslt")}
-    useless = SimpleNamespace(nvrtc=SimpleNamespace(version=(0, 0)), **parts)
-    monkeypatch.setitem(sys.modules, "cpm_kernels", useless)
-    monkeypatch.setitem(sys.modules, "cpm_kernels.library", useless)
-    y, texts = first_use()
-    assert y is not None
-    assert texts == []
-
-
-@needs_compilers
-def test_failing_to_load_leaves_nothing_patched(emulated, monkeypatch):
-    monkeypatch.setattr(sys, "meta_path", [Absent("cpm_kernels"), *sys.meta_path])
-    before = ctypes.util.find_library, os.path.exists, os.environ["PATH"], "pkg_resources" in sys.modules
-    first_use()
-    assert (ctypes.util.find_library, os.path.exists, os.environ["PATH"], "pkg_resources" in sys.modules) == before
-
-
-def test_while_cpm_kernels_is_imported_path_holds_folders_only_and_torchs_own(monkeypatch, tmp_path):
-    (tmp_path / "file.exe").write_text("not a folder")
-    monkeypatch.setenv("PATH", os.pathsep.join([str(tmp_path / "file.exe"), str(tmp_path), str(tmp_path / "gone")]))
-    with cuda_kernels._lent_to_cpm_kernels():
-        entries = os.environ["PATH"].split(os.pathsep)
-    assert os.environ["PATH"].startswith(str(tmp_path / "file.exe"))
-    assert all(Path(entry).is_dir() for entry in entries)
-    assert str(tmp_path) in entries
-    assert str(Path(torch.__file__).parent / "lib") in entries
-
-
-def test_pips_libraries_come_before_the_systems_and_torchs_cuda_version_first(monkeypatch, tmp_path):
-    for name in ("libnvrtc.so.12", "libnvrtc.so.13", "libnvrtc-builtins.so.13.0", "libcudart-1a2b3c4d.so.12"):
-        (tmp_path / name).touch()
-    monkeypatch.setattr(cuda_kernels, "_library_folders", lambda: [str(tmp_path)])
+def test_torchs_own_libraries_come_before_the_systems_and_those_of_its_cuda_version_first(monkeypatch, tmp_path):
+    chosen, own = tmp_path / "chosen" / "lib64", tmp_path / "own"
+    for folder, names in (
+        (own, ("libnvrtc.so.12", "libnvrtc.so.13", "libnvrtc-builtins.so.13.0", "libcudart-1a2b3c4d.so.12")),
+        (chosen, ("libnvrtc.so",)),
+    ):
+        folder.mkdir(parents=True)
+        for name in names:
+            (folder / name).touch()
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setattr(cuda_kernels, "_torch_folders", lambda: [str(own), str(tmp_path / "gone")])
+    monkeypatch.setattr(ctypes.util, "find_library", lambda name: f"the system's {name}")
     for version, name in (("12.8", "libnvrtc.so.12"), ("13.0", "libnvrtc.so.13")):
         monkeypatch.setattr(torch.version, "cuda", version)
-        assert cuda_kernels._pip_library("nvrtc") == str(tmp_path / name)
-    assert cuda_kernels._pip_library("cudart") == str(tmp_path / "libcudart-1a2b3c4d.so.12")
-    assert cuda_kernels._pip_library("cublasLt") is None
-    assert cuda_kernels._pip_package("cublas") == "nvidia-cublas"  # of CUDA 13
-    assert cuda_kernels._is_superseded("/usr/local/cuda/lib64/libnvrtc.so")
-    assert not cuda_kernels._is_superseded("/usr/local/cuda/lib64/libcublasLt.so")
+        assert cuda_kernels._find_library("nvrtc") == str(own / name)
+    assert cuda_kernels._find_library("cudart") == str(own / "libcudart-1a2b3c4d.so.12")
+    assert cuda_kernels._find_library("gone") == "the system's gone"
+    assert cuda_kernels._pip_package("nvrtc") == "nvidia-cuda-nvrtc"  # of CUDA 13
+    monkeypatch.setenv("CUDA_PATH", str(chosen.parent))
+    assert cuda_kernels._find_library("nvrtc") == str(chosen / "libnvrtc.so")
+    assert cuda_kernels._find_library("cudart") == str(own / "libcudart-1a2b3c4d.so.12")
+
+
+def test_on_windows_torchs_folders_and_those_of_path_are_searched(monkeypatch, tmp_path):
+    """The names only: no library of Windows can be loaded here."""
+    own, other = tmp_path / "own", tmp_path / "other"
+    for folder, names in (
+        (own, ("nvrtc64_130_0.dll", "nvrtc64_130_0.alt.dll", "nvrtc-builtins64_130.dll")),
+        (other, ("nvrtc64_120_0.dll", "cudart64_12.dll")),
+    ):
+        folder.mkdir()
+        for name in names:
+            (folder / name).touch()
+    (tmp_path / "file.exe").touch()
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(cuda_kernels, "_torch_folders", lambda: [str(own)])
+    monkeypatch.setenv("PATH", os.pathsep.join(str(tmp_path / name) for name in ("file.exe", "gone", "other")))
+    assert cuda_kernels._find_library("nvrtc") == str(own / "nvrtc64_130_0.dll")
+    assert cuda_kernels._find_library("cudart") == str(other / "cudart64_12.dll")
+    assert cuda_kernels._find_library("cuda") == "nvcuda.dll"
 
 
 def test_a_rocm_build_of_pytorch_is_named(monkeypatch):

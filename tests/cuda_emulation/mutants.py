@@ -42,14 +42,13 @@ class Mutant(NamedTuple):
 MUTANTS = [
     # layout of the weights
     Mutant("low nibble taken for the even column", "const int nibble = i ^ 1;", "const int nibble = i;"),
-    Mutant("the same in odd widths", "column % 2 ? (int)", "column % 2 == 0 ? (int)"),
     Mutant("nibbles packed the other way round", "(even & 15) << 4 | (odd & 15)", "(odd & 15) << 4 | (even & 15)"),
     Mutant("zero point of INT4 off by one", "(float)(1 << (23 - bit)) + 8.f", "(float)(1 << (23 - bit)) + 7.f"),
     Mutant("sign bit of one INT8 byte not flipped", "^ 0x80808080u", "^ 0x80800080u"),
     Mutant("one byte picked twice", "0x7540u + i % 4", "0x7540u + i % 4 / 2 * 2"),
-    Mutant("sign of a nibble lost", "(int)((unsigned)pair << 28) >> 28", "(int)(((unsigned)pair << 28) >> 28)"),
-    Mutant("four activations read twice", "load128(p + 4, words + 4);\n    #pragma",
-           "load128(p, words + 4);\n    #pragma"),
+    Mutant("four activations read twice", "[i] = ((const uint4 *)p)[i]", "[i] = ((const uint4 *)p)[0]"),
+    Mutant("two activations of a word swapped", ">> 16 * (i % 2)", ">> 16 * (1 - i % 2)"),
+    Mutant("four results written twice", "((uint4 *)p)[i] =", "((uint4 *)p)[0] ="),
     # scales
     Mutant("scale of the wrong group", "(column >> w.groupShift)", "(column >> (w.groupShift - 1))"),
     Mutant("scale of the wrong row", "(long long)row * w.groups +", "(long long)row +"),
@@ -71,10 +70,10 @@ MUTANTS = [
     Mutant("results written past the last row of x", "&& firstX + t < m)", ")"),
     Mutant("second round of a lane skipped", "column += 32 * CHUNK", "column += 64 * CHUNK"),
     Mutant("tiles of x mistaken for blocks of W", "blockIdx.x % tiles * TILE", "blockIdx.x % TILE * TILE"),
-    Mutant("vector code on rows that begin anywhere", "if (w.columns % 8) {", "if (w.columns % 2) {", sanitized=True),
+    Mutant("results of two rows in one place", "* w.rows + firstRow + r, sum", "* w.rows + firstRow, sum"),
     # threads
-    Mutant("misaligned 128-bit load", "rows[r]) + column / (8 / BITS), words",
-           "rows[r]) + column / (8 / BITS) + 4, words", sanitized=True),
+    Mutant("misaligned 128-bit load", "rows[r]) + column / (8 / BITS));", "rows[r]) + column / (8 / BITS) + 4);",
+           sanitized=True),
     Mutant("missing barrier", "    __syncthreads();\n", ""),
     Mutant("barrier in a divergent branch", "    __syncthreads();", "    if (threadIdx.x < 200) __syncthreads();"),
     Mutant("shuffle in a divergent branch", "sum += __shfl_xor_sync(0xffffffffu, sum, distance)",
