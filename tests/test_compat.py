@@ -23,13 +23,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from rounding import assert_as_near, exact, roundings
 from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 ENTRY_FILES = ("modeling_chatglm.py", "tokenization_chatglm.py")
-TOLERANCE = 2e-5  # float32 logits; the original's own incremental and full passes differ by 1e-5
 
 torch.set_num_threads(1)
 
@@ -221,9 +221,10 @@ def test_load_through_the_meta_device(low_cpu_mem_usage, base, base_model):
 @pytest.mark.parametrize("name", ["single0", "single1", "mask_mid_prompt", "mask_mid_answer", "full_pair"])
 def test_golden_logits(name, base_model, cases):
     case = cases["base2d", name]
+    ids = torch.tensor(case["input_ids"])
     with torch.no_grad():
-        logits = base_model(torch.tensor(case["input_ids"])).logits
-    torch.testing.assert_close(logits, case["logits"], atol=TOLERANCE, rtol=0)
+        logits = base_model(ids).logits
+    assert_as_near(logits, case["logits"], exact(base_model, ids).logits, roundings(base_model.config))
 
 
 @pytest.mark.parametrize("name", ["greedy0", "greedy1", "greedy2", "mask_mid_greedy", "history_greedy"])
@@ -397,16 +398,18 @@ def test_legacy_cache_tuple(base_model, cases):
         past = layers_of(base_model(ids[:, :known], use_cache=True).past_key_values)
         legacy = tuple((keys.clone(), values.clone()) for keys, values in past)
         out = base_model(ids[:, known:], past_key_values=legacy, position_ids=positions[:, :, known:], use_cache=True)
-    torch.testing.assert_close(out.logits, case["logits"][:, known:], atol=TOLERANCE, rtol=0)
+    truth = exact(base_model, ids, position_ids=positions).logits[:, known:]
+    assert_as_near(out.logits, case["logits"][:, known:], truth, roundings(base_model.config))
 
 
 def test_legacy_4d_mask_and_2d_positions(base_model, cases):
     case = cases["base2d", "batch_leftpad"]
-    ids, mask = torch.tensor(case["input_ids"]), case["attention_mask"].bool()
+    ids = torch.tensor(case["input_ids"])
+    places = {"attention_mask": case["attention_mask"].bool(), "position_ids": torch.tensor(case["position_ids"])}
     with torch.no_grad():
-        logits = base_model(ids, attention_mask=mask, position_ids=torch.tensor(case["position_ids"])).logits
-    kept = ids != 3
-    torch.testing.assert_close(logits[kept], case["logits"][kept], atol=TOLERANCE, rtol=0)
+        logits = base_model(ids, **places).logits
+    kept, truth = ids != 3, exact(base_model, ids, **places).logits
+    assert_as_near(logits[kept], case["logits"][kept], truth[kept], roundings(base_model.config))
 
 
 def test_eager_attention_equals_sdpa(base, base_model, cases):
@@ -415,7 +418,8 @@ def test_eager_attention_equals_sdpa(base, base_model, cases):
     with torch.no_grad():
         eager = load(base, attn_implementation="eager")(ids, output_attentions=True)
         assert len(eager.attentions) == base_model.config.num_layers
-        torch.testing.assert_close(eager.logits, base_model(ids).logits, atol=TOLERANCE, rtol=0)
+        sdpa, truth = base_model(ids).logits, exact(base_model, ids).logits
+    assert_as_near(eager.logits, sdpa, truth, roundings(base_model.config))
 
 
 def needs_static_cache(model) -> None:

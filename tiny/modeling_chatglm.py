@@ -195,7 +195,7 @@ def rotary_tables(position_ids: Tensor, size: int, dtype: torch.dtype) -> tuple[
     The frequencies are rounded to float16 and float16 models round the angles too, as the original does: the released
     weights were trained that way. bfloat16 could not tell positions beyond 256 apart, so its angles are float32.
     """
-    precision = torch.float16 if dtype == torch.float16 else torch.float32
+    precision = dtype if dtype == torch.float16 else torch.promote_types(dtype, torch.float32)
     powers = torch.arange(0, size, 2, device=position_ids.device).float() / size
     frequencies = (1.0 / 10000**powers).half().to(precision)
     angles = position_ids.to(precision).transpose(1, 2)[:, :, None, None, :, None, None] * frequencies
@@ -245,7 +245,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, visible: Optional[Tenso
 
 def eager_attention(query: Tensor, key: Tensor, value: Tensor, visible: Optional[Tensor]) -> tuple[Tensor, Tensor]:
     """query [B, H, S, D], key and value [B, H, K, D] -> context [B, H, S, D] and weights [B, H, S, K]."""
-    scores = query.float() / query.shape[-1] ** 0.5 @ key.float().transpose(2, 3)  # float16 products may overflow
+    wide = torch.promote_types(query.dtype, torch.float32)  # float16 products may overflow
+    scores = query.to(wide) / query.shape[-1] ** 0.5 @ key.to(wide).transpose(2, 3)
     if visible is not None:
         scores = scores.masked_fill(~visible, float("-inf"))
     weights = scores.softmax(dim=-1).to(query.dtype)
