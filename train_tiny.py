@@ -28,8 +28,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from package import copy_package
-from tokenization_chatglm import _spell_whitespace, complete_sentencepiece
+from package import copy_package, package_module
+from sentencepiece_file import complete_sentencepiece
 
 ROOT = Path(__file__).resolve().parent
 TINY = ROOT / "tiny"
@@ -225,7 +225,7 @@ def example(tokenizer, query: str, history: list[tuple[str, str]], answer: str, 
     """
     context = tokenizer.build_chat_input_ids(query, history)[:-1]
     if sampled:
-        text = _spell_whitespace(tokenizer.build_prompt(query, history).encode())
+        text = package_module("tokenization_chatglm").spell_whitespace(tokenizer.build_prompt(query, history))
         pieces = tokenizer.sp.encode(text, enable_sampling=True, alpha=0.3, nbest_size=-1)
         context = [*pieces, tokenizer.gmask_token_id]
     target = [tokenizer.bos_token_id, *tokenizer.encode_text(answer), tokenizer.eos_token_id]

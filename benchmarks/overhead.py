@@ -196,13 +196,13 @@ def tokenizer_table(ours, plain, vocabulary: str, runs: int) -> str:
 def parts_row(ours, plain, kind: str, count: int, runs: int) -> list[str]:
     code = sys.modules[type(ours).__module__]
     texts = [TEXTS[kind]] * count
-    spelled = [code._spell_whitespace(text.encode()) for text in texts]
+    spelled = [code.spell_whitespace(text) for text in texts]
     ids = [ours.encode_text(text) for text in texts]
     given, given_spelled = (texts, spelled) if count > 1 else (texts[0], spelled[0])
     work = {
         "raw": lambda: plain.encode(given),
         "spelled": lambda: plain.encode(given_spelled),
-        "spelling": lambda: [code._spell_whitespace(text.encode()) for text in texts],
+        "spelling": lambda: [code.spell_whitespace(text) for text in texts],
         "special": lambda: [ours.build_inputs_with_special_tokens(row) for row in ids],
         "call": lambda: ours(given),
     }

@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from sentencepiece_file import VOCAB_FILE, read_complete, read_pieces
 from slimming import checkpoint_io as io
 from slimming.checkpoint_io import Checkpoint, Exit, Refusal, StoredTensor
 
@@ -31,7 +32,6 @@ IDS = {"bos_token_id": "<sop>", "eos_token_id": "<eop>", "mask_token_id": "[MASK
 OTHER_MODELS = {65024: "ChatGLM2-6B or ChatGLM3-6B", 151552: "GLM-4-9B"}  # by rows
 PUBLISHED_ROWS = (150528, 130528)  # full and slim, for adapters that come without tokenizer
 PUBLISHED_SHA256 = "5e974d9a69c242ce014c88c2b26089270f6198f3c0b700a887666cd3e816f17e"  # of the final ice_text.model
-VOCAB_FILE = "ice_text.model"
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -90,8 +90,6 @@ class Source:
     def pieces(self) -> dict[str, int] | None:
         if self.sentencepiece is None:
             return None
-        from slimming.trim_vocabulary import read_pieces
-
         return {piece.text: index for index, piece in enumerate(read_pieces(self.sentencepiece))}
 
 
@@ -131,11 +129,12 @@ def read_sentencepiece(folder: Path, options: Options) -> bytes | None:
     path = options.tokenizer or folder / VOCAB_FILE
     if options.tokenizer is None and not path.exists() and not path.is_symlink():
         return None
-    from tokenization_chatglm import complete_sentencepiece
-
     path = io.checked_file(path.parent, path.name)
     try:
-        return complete_sentencepiece(path.read_bytes())
+        model, _ = read_complete(path)
+        for _ in read_pieces(model):  # so that whatever reads them later needs no judgement of its own
+            pass
+        return model
     except ValueError as error:
         raise Refusal(Exit.WRONG_TOKENIZER, f"{path}: {first_line(error)}") from None
 

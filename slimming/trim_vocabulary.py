@@ -8,7 +8,6 @@ Whatever lost its piece is spelled by smaller ones or by bytes, so every text st
 
 from __future__ import annotations
 
-import struct
 import tempfile
 import unicodedata
 from collections import Counter
@@ -16,11 +15,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-from tokenization_chatglm import PIECES_FIELD, VOCAB_FILE, ChatGLMTokenizer, _fields, _read_varint
-
-SCORE_FIELD, TYPE_FIELD = 2, 3  # of a piece, in sentencepiece_model.proto
-NORMAL = 1
+from package import package_module
+from sentencepiece_file import NORMAL, VOCAB_FILE, Piece, read_pieces
 
 # Scripts by the first word of their characters' Unicode names; a piece without letters belongs to every language.
 SCRIPTS = {
@@ -40,40 +38,14 @@ SCRIPTS = {
 }
 
 
-@dataclass(frozen=True)
-class Piece:
-    text: str
-    score: float
-    type: int
-
-
-def read_pieces(model: bytes) -> list[Piece]:
-    """The pieces of a SentencePiece model, by id."""
-    return [read_piece(content) for number, content, _, _ in _fields(model) if number == PIECES_FIELD]
-
-
-def read_piece(message: bytes) -> Piece:
-    text, score, kind = "", 0.0, NORMAL
-    for number, content, _, end in _fields(message):
-        if number == 1:
-            text = content.decode()
-        elif number == SCORE_FIELD:
-            score = struct.unpack("<f", message[end - 4 : end])[0]
-        elif number == TYPE_FIELD:
-            kind = _read_varint(message, end - 1)[0]  # types are below 128: one byte
-    return Piece(text, score, kind)
-
-
 def with_pieces(model: bytes, kept: Iterable[int]) -> bytes:
     """The model with only the pieces `kept`, in their old order; everything else in it stays."""
-    kept, index, parts = set(kept), 0, []
-    for number, _, start, end in _fields(model):
-        if number == PIECES_FIELD:
-            index += 1
-            if index - 1 not in kept:
-                continue
-        parts.append(model[start:end])
-    return b"".join(parts)
+    kept, parts, position = set(kept), [], 0
+    for index, piece in enumerate(read_pieces(model)):
+        if index not in kept:
+            parts.append(model[position : piece.start])
+            position = piece.end
+    return b"".join((*parts, model[position:]))
 
 
 # ----------------------------------------------------------------------------------------------------- which stay
@@ -135,7 +107,7 @@ def kept_pieces(model: bytes, corpus: Path | None, languages: Sequence[str], min
         languages: codes of `SCRIPTS`; all pieces in their scripts stay.
         min_count: how often the corpus must use a piece.
     """
-    pieces = read_pieces(model)
+    pieces = list(read_pieces(model))
     kept = always_kept(pieces) | of_conversations(model)
     if languages:
         kept |= of_languages(pieces, languages)
@@ -189,9 +161,9 @@ def lines_of(corpus: Path) -> Iterator[str]:
 
 
 @lru_cache(maxsize=2)  # the whole one and the trimmed one: the real file takes a second to load
-def tokenizer_of(model: bytes) -> ChatGLMTokenizer:
+def tokenizer_of(model: bytes) -> Any:
     """The tokenizer over a SentencePiece model in memory; ids are piece numbers."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / VOCAB_FILE
         path.write_bytes(model)
-        return ChatGLMTokenizer(str(path), num_image_tokens=0)
+        return package_module("tokenization_chatglm").ChatGLMTokenizer(str(path), num_image_tokens=0)

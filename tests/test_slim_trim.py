@@ -40,7 +40,7 @@ def whole(model):
 @pytest.fixture(scope="module")
 def halves(model):
     """(kept ids, tokenizer) of two different cuts to about a half."""
-    pieces = trim.read_pieces(model)
+    pieces = list(trim.read_pieces(model))
     cuts = []
     for step in (2, 3):
         kept = sorted(trim.always_kept(pieces) | set(range(0, len(pieces), step)))
@@ -49,7 +49,7 @@ def halves(model):
 
 
 def test_pieces_are_those_that_sentencepiece_reads(model, whole):
-    pieces = trim.read_pieces(model)
+    pieces = list(trim.read_pieces(model))
     assert len(pieces) == whole.sp.get_piece_size()
     for index in range(0, len(pieces), max(len(pieces) // 500, 1)):
         assert pieces[index].text == whole.sp.id_to_piece(index)
@@ -60,7 +60,7 @@ def test_pieces_are_those_that_sentencepiece_reads(model, whole):
 
 
 def test_nothing_changes_when_every_piece_is_kept(model):
-    assert trim.with_pieces(model, range(len(trim.read_pieces(model)))) == model
+    assert trim.with_pieces(model, range(len(list(trim.read_pieces(model))))) == model
 
 
 @MANY
@@ -84,7 +84,7 @@ def test_every_other_text_still_comes_back(whole, halves, text, which):
 
 
 def test_cutting_the_lowest_piece_could_change_kept_text_so_it_always_stays(model):
-    pieces = trim.read_pieces(model)
+    pieces = list(trim.read_pieces(model))
     scores = [piece.score for piece in pieces if piece.type == trim.NORMAL]
     kept = trim.always_kept(pieces)
     assert {min(scores), max(scores)} <= {pieces[index].score for index in kept}
@@ -94,7 +94,7 @@ def test_cutting_the_lowest_piece_could_change_kept_text_so_it_always_stays(mode
 
 
 def test_languages_choose_pieces_by_script(real_sp_model):
-    pieces = trim.read_pieces(real_sp_model.read_bytes())
+    pieces = list(trim.read_pieces(real_sp_model.read_bytes()))
     texts = {
         language: {pieces[i].text for i in trim.of_languages(pieces, [language])} for language in ("zh", "en", "ru")
     }
@@ -116,7 +116,7 @@ def test_corpus_keeps_its_own_spelling_and_the_frame_of_chat(tmp_path, model, wh
     kept = trim.kept_pieces(model, tmp_path / "corpus.txt", ())
     cut_model = trim.with_pieces(model, kept)
     cut = trim.tokenizer_of(cut_model)
-    assert len(kept) < len(trim.read_pieces(model))
+    assert len(kept) < len(list(trim.read_pieces(model)))
     figures = trim.corpus_figures(model, cut_model, kept, tmp_path / "corpus.txt")
     assert figures.coverage == 1
     assert figures.tokens_before == figures.tokens_after
@@ -149,7 +149,7 @@ def test_trimmed_checkpoint_holds_the_rows_of_the_kept_pieces(tmp_path, tiny_sp_
     for name in (EMBEDDING, HEAD):
         assert same_bits(found[name], state[name][torch.tensor(rows)])
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    pieces = [trim.read_pieces(plan.source.sentencepiece)[index].text for index in kept]
+    pieces = [list(trim.read_pieces(plan.source.sentencepiece))[index].text for index in kept]
     assert config["vocab_size"] == len(rows)
     assert pieces[config["bos_token_id"]] == "<sop>"
     assert pieces[config["gmask_token_id"]] == "[gMASK]"

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import pickle
+import re
 import shutil
 import sys
 import time
@@ -15,12 +16,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from chatglm_slim.tokenization_chatglm import CONTROL_PIECES, ChatGLMTokenizer, complete_sentencepiece
+from chatglm_slim.sentencepiece_file import (
+    CONTROL_PIECES,
+    EXTENSION,
+    MOST_BYTES,
+    complete_sentencepiece,
+    read_complete,
+    read_pieces,
+)
+from chatglm_slim.tokenization_chatglm import ChatGLMTokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizer
+
+from package import package_files
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = json.loads((ROOT / "tests/golden/tokenizer.json").read_text())
@@ -30,8 +41,8 @@ VARIANTS = ["real", "tiny"]
 
 def model_folder(folder: Path, sp_model: Path, **config) -> Path:
     """What a Hub repository holds for its tokenizer: code, settings, SentencePiece model."""
-    for name in ("tokenization_chatglm.py", "chat_template.jinja"):
-        shutil.copy(ROOT / name, folder / name)
+    for path in (*package_files(), ROOT / "chat_template.jinja"):
+        shutil.copy(path, folder / path.name)
     shutil.copy(sp_model, folder / "ice_text.model")
     released = json.loads((ROOT / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**released, **config}))
@@ -198,7 +209,8 @@ def test_vocabulary_facts_are_those_of_the_original(tokenizers, variant):
     tokenizer, want = tokenizers(variant), GOLDEN["meta"][variant]
     assert tokenizer.vocab_size == len(tokenizer) == want["vocab_size"]
     for token, index in want["token_to_id"].items():
-        assert tokenizer.convert_tokens_to_ids(token) == index
+        if not token.startswith("<image_"):  # of which a slim vocabulary has none: the original's id is a piece's
+            assert tokenizer.convert_tokens_to_ids(token) == index
     if variant == "real":
         assert sorted(tokenizer.all_special_tokens) == sorted(want["all_special_tokens"])
         assert sorted(tokenizer.all_special_ids) == sorted(want["all_special_ids"])
@@ -216,50 +228,88 @@ def test_get_vocab_holds_every_id_once(load, tiny_sp_model, offset):
     assert all(tokenizer.convert_tokens_to_ids(token) == index for token, index in vocab.items())
 
 
+IMAGE_NAMES = ["<image_5>", "<image_0>", "<image_20000>", "<image_05>", "<image_٥>", f"<image_{'9' * 5000}>"]
+
+
+@pytest.mark.parametrize("name", IMAGE_NAMES)
+def test_image_tokens_are_those_of_the_vocabulary_and_no_other(tiny, tiny_full, name):
+    """The original reads 5 out of `<image_5>` in a slim vocabulary too, where 5 is a piece of text."""
+    assert tiny.convert_tokens_to_ids(name) == tiny.unk_token_id
+    index = tiny_full.get_vocab().get(name, tiny_full.unk_token_id)
+    assert tiny_full.convert_tokens_to_ids(name) == index
+
+
+@pytest.mark.parametrize("number", [-1, 20001, 10**12, True, 2.5, "0"])
+def test_number_of_image_tokens_that_no_vocabulary_has_is_refused_before_any_is_made(tiny_sp_model, number):
+    with pytest.raises(ValueError, match="num_image_tokens is .*: it is 0"):
+        ChatGLMTokenizer(str(tiny_sp_model), num_image_tokens=number)
+
+
+# What transformers calls or offers under these names; a name that it drops makes the test fail on that version.
+OVERRIDES = {
+    "__init__",
+    "_convert_id_to_token",
+    "_convert_token_to_id",
+    "_tokenize",
+    "apply_chat_template",
+    "batch_decode",
+    "build_inputs_with_special_tokens",
+    "convert_tokens_to_string",
+    "create_token_type_ids_from_sequences",
+    "decode",
+    "from_pretrained",
+    "get_special_tokens_mask",
+    "get_vocab",
+    "save_vocabulary",
+    "tokenize",
+    "truncate_sequences",
+    "vocab_size",
+}
+
+
+def test_every_method_that_is_overridden_exists_in_this_version_of_transformers():
+    inherited = {name for base in PreTrainedTokenizer.__mro__[:-1] for name in vars(base)} | {"__init__"}
+    own = {
+        name for name in vars(ChatGLMTokenizer) if callable(getattr(ChatGLMTokenizer, name)) or name == "vocab_size"
+    }
+    abstract = {"_convert_id_to_token", "_convert_token_to_id"}  # called by transformers, which need not define them
+    too_new = set() if hasattr(PreTrainedTokenizer, "apply_chat_template") else {"apply_chat_template"}  # 4.34
+    assert own & (inherited | abstract | too_new) == OVERRIDES
+
+
+def test_use_leaves_no_trace_in_the_tokenizer(tiny_sp_model):
+    """A cache that is keyed by the tokenizer's pickle (datasets' fingerprints) is found again."""
+    tokenizer = ChatGLMTokenizer(str(tiny_sp_model))
+    before = pickle.dumps(tokenizer)
+    ids = tokenizer("你好 [MASK]", "b", truncation=True, max_length=6, padding="max_length")["input_ids"]
+    tokenizer(["a  b", "c"] * 40, padding=True)
+    tokenizer.decode(ids, skip_special_tokens=True)
+    tokenizer.batch_decode([ids, ids], clean_up_tokenization_spaces=True)
+    tokenizer.apply_chat_template([("hi", "hello")], return_assistant_tokens_mask=True)
+    tokenizer.build_chat_input_ids("q", [("hi", "hello")])
+    assert tokenizer.sp_tokenizer["<sop>"] == tokenizer.bos_token_id
+    assert tokenizer.get_vocab()
+    assert pickle.dumps(tokenizer) == before
+
+
+@pytest.mark.parametrize("offset", [0, 20000])
+def test_parts_have_the_names_that_converters_reach_for(tiny_sp_model, offset):
+    tokenizer = ChatGLMTokenizer(str(tiny_sp_model), num_image_tokens=offset)
+    parts = tokenizer.sp_tokenizer
+    sp = parts.text_tokenizer.sp
+    assert sp.serialized_model_proto() == tiny_sp_model.read_bytes() and parts.vocab_file == str(tiny_sp_model)
+    assert [parts[index + offset] for index in range(sp.piece_size())] == sp.id_to_piece(list(range(sp.piece_size())))
+    assert parts[tokenizer.gmask_token] == tokenizer.gmask_token_id == sp.piece_to_id("[gMASK]") + offset
+    assert (parts.num_image_tokens, parts.num_text_tokens, parts.num_tokens) == (offset, 1444, 1444 + offset)
+    assert min(sp.get_score(index) for index in range(sp.piece_size())) < 0.0
+
+
 # ---- text that a user typed ----------------------------------------------------------------------------------
 CONTROL = ("<unk>", "<s>", "</s>", "<pad>", *CONTROL_PIECES)
 EVERYTHING = st.text(st.characters(exclude_categories=["Cs"]))
 TYPED = st.lists(st.one_of(st.sampled_from((*CONTROL, "<n>", "<|tab|>", "<|blank_5|>", " ", "\n", "\t")), EVERYTHING))
 TYPED = TYPED.map("".join)
 quick = settings(max_examples=60, deadline=None)
-
-
-@pytest.fixture(scope="module", params=[{}, {"split_special_tokens": True}, {"do_lower_case": True}])
-def short_and_long(request, load, tiny_sp_model):
-    """A tokenizer with a token of the user's, and one of a class of its own, which never takes the short way."""
-    short = load(tiny_sp_model, **request.param)
-    long = type("Subclass", (type(short),), {}).from_pretrained(short.name_or_path)
-    for tokenizer in (short, long):
-        tokenizer.add_tokens(["@user"])
-    return short, long
-
-
-@quick
-@given(text=st.one_of(TYPED, st.sampled_from(["", "a [MASK] b", " <eop> ", "  <sop>\n", "A @user b", "a" * 3000])))
-@pytest.mark.parametrize("tensors", [None, "pt"])
-def test_a_text_alone_is_encoded_as_by_the_long_way(short_and_long, tensors, text):
-    short, long = (tokenizer(text, return_tensors=tensors) for tokenizer in short_and_long)
-    assert type(short) is type(long) and list(short) == list(long)
-    for name in short:
-        assert np.array_equal(short[name], long[name]) and type(short[name]) is type(long[name])
-
-
-def test_a_text_alone_goes_the_short_way_but_for_a_subclass(short_and_long, monkeypatch):
-    short, long = short_and_long
-    monkeypatch.setattr(type(short), "_encode_plus", None)  # calling it would be an error
-    assert short("a")["input_ids"] and short(text="a", return_tensors="np")["input_ids"].size
-    with pytest.raises(TypeError):
-        long("a")
-
-
-def test_a_text_alone_heeds_the_limit_and_the_inputs_that_the_user_has_set(load, tiny_sp_model):
-    tokenizer = load(tiny_sp_model, model_max_length=8, model_input_names=["input_ids"])
-    assert list(tokenizer("a b c d e f g h i j k")) == ["input_ids"]
-    tokenizer = load(tiny_sp_model, model_max_length=8)
-    tokenizer("a")
-    assert not tokenizer.deprecation_warnings
-    tokenizer("a b c d e f g h i j k")
-    assert "sequence-length-is-longer-than-the-specified-maximum" in tokenizer.deprecation_warnings
 
 
 def control_ids(tokenizer):
@@ -289,6 +339,14 @@ def test_plain_encoding_still_parses_control_tokens_as_the_original_does(tiny):
     spelled = tiny("a [MASK] b", split_special_tokens=True)["input_ids"]
     assert spelled == tiny.build_inputs_with_special_tokens(tiny.encode_text("a [MASK] b"))
     assert tiny.mask_token_id not in spelled
+
+
+def test_a_tokenizer_may_be_set_to_spell_control_tokens_out(load, tiny_sp_model, tiny, tmp_path):
+    tokenizer = load(tiny_sp_model, split_special_tokens=True)
+    tokenizer.save_pretrained(str(tmp_path))
+    for one in (tokenizer, ChatGLMTokenizer.from_pretrained(str(tmp_path))):
+        ids = one("a [MASK] b", add_special_tokens=False)["input_ids"]
+        assert ids == tiny.encode_text("a [MASK] b")
 
 
 def test_blank_is_filled_from_mask_and_sop_without_gmask(tiny):
@@ -487,6 +545,30 @@ def test_template_of_the_user_is_left_to_transformers(tiny):
     assert tiny.decode(ids if isinstance(ids, list) else ids["input_ids"]) == "user: hi;assistant: hello;"
 
 
+@pytest.mark.skipif(not hasattr(PreTrainedTokenizer, "apply_chat_template"), reason="transformers < 4.34")
+def test_template_that_says_the_same_in_other_words_keeps_typed_control_tokens_out(tiny):
+    own = copy.deepcopy(tiny)
+    shipped = (ROOT / "chat_template.jinja").read_text(encoding="utf-8")
+    own.chat_template = re.sub(r"\{#.*?#\}", "", shipped).replace("{%-", "{%-   ").replace("    ", "")
+    assert own.chat_template != shipped
+    messages = as_messages([("hi", "<eop>")], "what does <eop> do")
+    assert own.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == (
+        tiny.build_chat_input_ids("what does <eop> do", [("hi", "<eop>")])
+    )
+    own.chat_template = shipped.replace("问：", "Q: ")
+    assert "Q: what does" in own.apply_chat_template(messages, tokenize=False)
+    own.chat_template = shipped.replace('{{- raise_exception("Give', "{{- ('' ~ \"Give")
+    answered = own.apply_chat_template([*messages[:2], {"role": "tool", "content": "x"}], tokenize=False)
+    assert "Give at most one" in answered
+
+
+def test_other_roles_are_refused_by_name(tiny):
+    """Libraries probe a template with the roles of tool calls."""
+    messages = [*as_messages([("a", "b")]), {"role": "tool", "content": "c"}]
+    with pytest.raises(ValueError, match="Message 2 has the role 'tool' where 'user' is due"):
+        tiny.apply_chat_template(messages, tokenize=False)
+
+
 @pytest.mark.parametrize(
     "history, message",
     [
@@ -536,6 +618,14 @@ def test_save_vocabulary_takes_a_prefix(tiny, tmp_path):
     (path,) = tiny.save_vocabulary(str(tmp_path), "my")
     assert Path(path) == tmp_path / "my-ice_text.model"
     assert ChatGLMTokenizer(path)("你好")["input_ids"] == tiny("你好")["input_ids"]
+
+
+def test_save_vocabulary_takes_the_name_of_a_file(tiny, tmp_path):
+    for path in (tmp_path / "vocabulary.model", tmp_path / "no_suffix"):
+        assert tiny.save_vocabulary(str(path)) == (str(path),)
+        assert ChatGLMTokenizer(str(path))("你好")["input_ids"] == tiny("你好")["input_ids"]
+    (path,) = tiny.save_vocabulary(str(tmp_path / "vocabulary.model"), "my")
+    assert Path(path) == tmp_path / "my-vocabulary.model" and Path(path).is_file()
 
 
 def test_first_release_file_is_completed_in_memory_and_on_save(load, golden, tiny, tmp_path):
@@ -604,6 +694,42 @@ def test_file_that_is_no_ice_text_model_is_refused(tiny_sp_model, tmp_path, spoi
         ChatGLMTokenizer(str(path))
 
 
+@pytest.mark.parametrize("first_release", [False, True])
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_damage_is_a_value_error_wherever_it_is(golden, first_release, data):
+    model = (golden / ("tiny_sp_preslim.model" if first_release else "tiny_sp.model")).read_bytes()
+    start = data.draw(st.integers(0, len(model)))
+    spoiled = model[:start] + data.draw(st.binary(max_size=12)) + model[start + data.draw(st.integers(0, 12)) :]
+    for read in (complete_sentencepiece, lambda model: list(read_pieces(model))):
+        with contextlib.suppress(ValueError):
+            read(spoiled)
+
+
+@pytest.mark.parametrize("bomb", [b"\xff" * 4_000_000, b"\x78" + b"\x80" * 4_000_000, b"\x7a" + b"\xff" * 9 + b"\x01"])
+def test_number_without_an_end_is_refused_at_its_tenth_byte(tiny_sp_model, bomb):
+    """Reading on would take hours: the time is quadratic in the length."""
+    for model in (tiny_sp_model.read_bytes() + bomb, bomb):
+        with pytest.raises(ValueError, match="download it again"):
+            complete_sentencepiece(model)
+
+
+def test_file_too_large_for_a_vocabulary_is_refused_unread(tmp_path):
+    path = tmp_path / "ice_text.model"
+    with open(path, "wb") as file:
+        file.truncate(1 << 40)  # sparse
+    with pytest.raises(ValueError, match="1,099,511,627,776 bytes"):
+        read_complete(path)
+    assert MOST_BYTES > 2 * 2_706_249
+
+
+def test_pieces_are_read_with_their_places_in_the_file(tiny_sp_model):
+    model = tiny_sp_model.read_bytes()
+    pieces = list(read_pieces(model))
+    assert [(piece.text, piece.type) for piece in pieces[-len(EXTENSION) :]] == list(EXTENSION)
+    assert [list(read_pieces(model[piece.start : piece.end]))[0][:3] for piece in pieces] == [p[:3] for p in pieces]
+
+
 def test_missing_vocabulary_is_said_in_one_line_with_its_cure(tmp_path, tiny_sp_model):
     folder = model_folder(tmp_path, tiny_sp_model)
     (folder / "ice_text.model").unlink()
@@ -637,6 +763,19 @@ def test_added_tokens_are_parsed_saved_and_decoded(tiny_sp_model, tmp_path, offs
         assert one.decode(ids, skip_special_tokens=True) == "a <mine> 龘龘 b c"
         assert one.decode(ids, spaces_between_special_tokens=False) == "a<mine>龘龘b<tool>c"
         assert set(one.get_vocab().values()) == set(range(len(one)))
+
+
+@pytest.mark.parametrize("name", ["pad", "unk", "mask"])
+def test_a_special_token_may_be_none(tiny_sp_model, tiny, tmp_path, name):
+    tokenizer = ChatGLMTokenizer(str(tiny_sp_model), **{f"{name}_token": None})
+    tokenizer.save_pretrained(str(tmp_path))
+    for one in (tokenizer, ChatGLMTokenizer.from_pretrained(str(tmp_path))):
+        assert len(one) == len(tiny) and "None" not in one.get_vocab()
+        assert getattr(one, f"{name}_token") is None and getattr(one, f"{name}_token_id") is None
+        assert one.decode(one("你好")["input_ids"]) == "你好"
+    for needed in ("bos", "eos"):
+        with pytest.raises(ValueError, match=f"{needed}_token.*None"):
+            ChatGLMTokenizer(str(tiny_sp_model), **{f"{needed}_token": None})
 
 
 # ---- bad input, odd input, much input ------------------------------------------------------------------------
@@ -702,6 +841,14 @@ def test_pieces_that_only_spell_a_newline_stay_what_they_are(tiny):
 def test_ids_without_a_piece_print_nothing(tiny):
     ids = tiny.encode_text("你好")
     assert tiny.decode([*ids, tiny.vocab_size, tiny.vocab_size + 183, -100]) == "你好"
+
+
+def test_what_prints_nothing_does_not_break_a_character(tiny):
+    """Between the bytes of a character: padding, ids without a piece and, where they are skipped, special tokens."""
+    first, *others = tiny.convert_tokens_to_ids(["<0xE9>", "<0xBE>", "<0x98>"])
+    for between in ([tiny.pad_token_id], [tiny.vocab_size, -100], [tiny.pad_token_id] * 3):
+        assert tiny.decode([first, *between, *others]) == "龘"
+    assert tiny.decode([first, tiny.eos_token_id, *others], skip_special_tokens=True) == "龘"
 
 
 # ---- properties ----------------------------------------------------------------------------------------------
