@@ -31,7 +31,7 @@ from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizer
 
-from package import package_files
+from package import copy_package
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = json.loads((ROOT / "tests/golden/tokenizer.json").read_text())
@@ -41,8 +41,7 @@ VARIANTS = ["real", "tiny"]
 
 def model_folder(folder: Path, sp_model: Path, **config) -> Path:
     """What a Hub repository holds for its tokenizer: code, settings, SentencePiece model."""
-    for path in (*package_files(), ROOT / "chat_template.jinja"):
-        shutil.copy(path, folder / path.name)
+    copy_package(folder)
     shutil.copy(sp_model, folder / "ice_text.model")
     released = json.loads((ROOT / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**released, **config}))

@@ -7,10 +7,12 @@ classes: a minimal stand-in serves there.
 """
 
 import dataclasses
+import inspect
 from typing import Optional
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 try:  # 4.36
@@ -230,3 +232,10 @@ class Past:
             return key, value
         before, after = self.prefix[layer_idx], (key, value)
         return tuple(torch.cat((old.to(new), new), dim=2) for old, new in zip(before, after))
+
+
+def chat_returns_dict() -> bool:
+    """Whether `apply_chat_template` returns a BatchEncoding unless told otherwise: from 5.0 on, not below."""
+    method = getattr(PreTrainedTokenizer, "apply_chat_template", None)  # 4.34
+    parameter = inspect.signature(method).parameters.get("return_dict") if method else None
+    return bool(parameter and parameter.default)

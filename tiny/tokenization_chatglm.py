@@ -5,178 +5,42 @@ Unusual here, all of it fixed by the released checkpoints:
 * a prompt ends with `[gMASK] <sop>`, a text with a blank to be filled has `[MASK]` there and ends with `<sop>`, and
   the model closes what it writes with `<eop>`;
 * in the full vocabulary (150528 rows) 20000 image tokens come before the text pieces, in the slim one none do:
-  `num_image_tokens` is that difference, and `_ids_of` / `_pieces_of` are the way across;
-* the file of the first release lacks the last 344 pieces: `complete_sentencepiece` appends them.
+  `num_image_tokens` is that difference.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Union
+from types import SimpleNamespace
+from typing import Any, Optional, Union
 
 import sentencepiece as spm
 from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
 
+from .configuration_chatglm import IMAGE_TOKENS
+from .sentencepiece_file import BLANKS, NEWLINE, TAB, VOCAB_FILE, read_complete
+
 logger = logging.getLogger(__name__)
 
-VOCAB_FILE = "ice_text.model"
-NUM_IMAGE_TOKENS = 20000  # rows of the full vocabulary that stand before the text pieces
-
-NEWLINE, TAB = "<n>", "<|tab|>"
-MAX_BLANKS = 80  # the longest run of blanks that is one piece
-BLANKS = {" " * k: f"<|blank_{k}|>" for k in range(2, MAX_BLANKS + 1)}
 WHITESPACE = {NEWLINE: "\n", TAB: "\t", **{piece: run for run, piece in BLANKS.items()}}
-# in UTF-8, which is what SentencePiece takes and what is searched faster than Python's strings
-SPELLED_BLANKS = {run.encode(): piece.encode() for run, piece in BLANKS.items()}
-BLANK_RUN = re.compile(b"(  {1,%d})" % (MAX_BLANKS - 1))  # found three times as fast as " {2,80}"
-IMAGE_PIECE = re.compile(r"<image_(\d+)>")
-THREADED_BATCH = 64  # texts from which on SentencePiece's threads gain more than they cost
-# options of an encoding that are left to transformers: how text is cut, and what else is told of each row
-TEXT_OPTIONS = ("is_split_into_words", "sanitize_control_tokens")
-ROW_OPTIONS = (
-    "return_length",
-    "return_offsets_mapping",
-    "return_overflowing_tokens",
-    "return_special_tokens_mask",
-    "return_token_type_ids",
-)
+BLANK_RUN = re.compile(" {2,80}")
+IMAGE_TOKEN = re.compile("<image_(0|[1-9][0-9]{0,8})>")
 
-# What the file of the first release lacks, in order, with SentencePiece's type numbers.
-CONTROL, USER_DEFINED, BYTE = 3, 4, 6
-BASE_PIECES = ("<unk>", "<s>", "</s>", "<pad>", NEWLINE)  # ids 0..4 of every ice_text.model
-CONTROL_PIECES = ("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>")
-EXTENSION = (
-    *((piece, CONTROL) for piece in CONTROL_PIECES),
-    *((piece, USER_DEFINED) for piece in (TAB, *BLANKS.values())),
-    *((f"<0x{byte:02X}>", BYTE) for byte in range(256)),
-)
-PIECES_FIELD, TRAINER_FIELD, BYTE_FALLBACK_FIELD = 1, 2, 35  # numbers in sentencepiece_model.proto
-
+Ids = list[int]
+OptionalIds = Optional[Ids]
 History = Sequence[Union[tuple[str, str], dict[str, str]]]
 OWN_NAMES = ("gmask_token", "end_token", "eop_token")  # in settings files of ChatGLM; the last in the first release's
-TEMPLATE_MARK = "ChatGLMTokenizer.build_prompt"  # stands in chat_template.jinja: a template without it is the user's
-
-
-# --------------------------------------------------------------------------------------------------------------
-# The SentencePiece file
-# --------------------------------------------------------------------------------------------------------------
-def _read_varint(data: bytes, start: int) -> tuple[int, int]:
-    """The base-128 number at `start` and the index after it."""
-    value = shift = 0
-    while True:
-        byte = data[start]
-        start, value, shift = start + 1, value | (byte & 127) << shift, shift + 7
-        if byte < 128:
-            return value, start
-
-
-def _varint(value: int) -> bytes:
-    head = bytearray()
-    while value > 127:
-        head.append(value & 127 | 128)
-        value >>= 7
-    return bytes((*head, value))
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, bytes, int, int]]:
-    """(number, content, start, end) of each field of a protobuf message; content is empty for plain numbers."""
-    position = 0
-    while position < len(message):
-        start = position
-        key, position = _read_varint(message, position)
-        content = b""
-        kind = key & 7
-        if kind == 0:
-            _, position = _read_varint(message, position)
-        elif kind == 2:
-            length, position = _read_varint(message, position)
-            content = message[position : position + length]
-            position += length
-        elif kind in (1, 5):
-            position += 8 if kind == 1 else 4
-        else:
-            raise ValueError(f"field kind {kind}")
-        if position > len(message):
-            raise ValueError("cut off")
-        yield key >> 3, content, start, position
-
-
-def _length_delimited(field: int, content: bytes) -> bytes:
-    return _varint(field << 3 | 2) + _varint(len(content)) + content
-
-
-def _piece_entries(pieces: Iterable[tuple[str, int]]) -> bytes:
-    """Entries of a SentencePiece model: text, score 0.0, type."""
-    score, kind_key = b"\x15" + bytes(4), b"\x18"
-    messages = (_length_delimited(1, piece.encode()) + score + kind_key + _varint(kind) for piece, kind in pieces)
-    return b"".join(_length_delimited(PIECES_FIELD, message) for message in messages)
-
-
-def _with_byte_fallback(trainer: bytes) -> bytes:
-    """The trainer settings with `byte_fallback` on, at its place in the order of field numbers."""
-    flag = _varint(BYTE_FALLBACK_FIELD << 3) + b"\x01"
-    cut = next((start for number, _, start, _ in _fields(trainer) if number > BYTE_FALLBACK_FIELD), len(trainer))
-    return trainer[:cut] + flag + trainer[cut:]
-
-
-def complete_sentencepiece(model: bytes) -> bytes:
-    """The final `ice_text.model` made from the one of the first release; a final one comes back as it is.
-
-    Appends the 344 pieces that early code added in memory (8 control, tab, 79 runs of blanks, 256 bytes) and
-    switches `byte_fallback` on. Completing the published first-release file gives the published final file, byte
-    for byte. No protobuf package is needed.
-
-    Raises:
-        ValueError: `model` is no SentencePiece model of this family, or has only a part of the 344 pieces.
-    """
-    cure = f"expected the {VOCAB_FILE} of ChatGLM-6B (2.7 MB, not a git-lfs pointer): download it again."
-    try:
-        first = [_piece_name(content) for _, content, _, _ in islice(_fields(model), len(BASE_PIECES))]
-    except (ValueError, IndexError) as error:
-        raise ValueError(f"{len(model)} bytes that are no SentencePiece model; {cure}") from error
-    if tuple(first) != BASE_PIECES:
-        raise ValueError(f"A SentencePiece model that begins with {first}, not with {list(BASE_PIECES)}; {cure}")
-    extension = _piece_entries(EXTENSION)
-    _, found, rest = model.partition(extension)
-    try:
-        fields = list(_fields(rest if found else model))
-        names = {_piece_name(content) for number, content, _, _ in fields if number == PIECES_FIELD}
-        ((trainer, start, end),) = (field for number, *field in fields if number == TRAINER_FIELD)
-    except (ValueError, IndexError) as error:
-        raise ValueError(f"A SentencePiece model that is cut off or damaged; {cure}") from error
-    if found:
-        return model
-    known = sum(piece in names for piece, _ in EXTENSION)
-    if known:
-        raise ValueError(
-            f"{known} of the {len(EXTENSION)} pieces that the first release lacked are there, and not all of them "
-            f"as the final release has them; {cure}"
-        )
-    return model[:start] + extension + _length_delimited(TRAINER_FIELD, _with_byte_fallback(trainer)) + model[end:]
-
-
-def _piece_name(message: bytes) -> str:
-    return next(_fields(message), (0, b"", 0, 0))[1].decode()
-
-
-def _decoding_model(model: bytes) -> bytes:
-    """A complete model in which the pieces that stand for white space are that white space.
-
-    SentencePiece then decodes to the final text by itself; replacing afterwards takes a third of its time again.
-    """
-    *_, (_, _, start, end) = islice(_fields(model), len(BASE_PIECES))
-    newline = _piece_entries([(WHITESPACE[NEWLINE], USER_DEFINED)])
-    spelled = _piece_entries(EXTENSION)
-    assert spelled in model, "complete_sentencepiece sees to it"
-    white = _piece_entries((WHITESPACE.get(piece, piece), kind) for piece, kind in EXTENSION)
-    return model[:start] + newline + model[end:].replace(spelled, white)
+PROBES = (  # a template that says of these what we say, the last one's refusal included, says what we say
+    ([{"role": "user", "content": "a"}], True),
+    ([{"role": role, "content": role} for role in ("system", "user", "assistant")], False),
+    ([{"role": role, "content": role} for role in ("system", "user", "assistant", "user", "assistant", "user")], True),
+    ([{"role": role, "content": role} for role in ("user", "assistant", "tool")], False),
+)
 
 
 def _load_sentencepiece(vocab_file: str | None, folder: str) -> tuple[spm.SentencePieceProcessor, bool]:
@@ -186,40 +50,27 @@ def _load_sentencepiece(vocab_file: str | None, folder: str) -> tuple[spm.Senten
             f"No {VOCAB_FILE} at {vocab_file or folder}: make a complete folder with "
             "`python slim.py THUDM/chatglm-6b OUT`, or download that file from the Hub into the folder."
         )
-    model = Path(vocab_file).read_bytes()
     try:
-        completed = complete_sentencepiece(model)
-        return spm.SentencePieceProcessor(model_proto=completed), completed == model
+        model, complete = read_complete(vocab_file)
+        return spm.SentencePieceProcessor(model_proto=model), complete
     except (ValueError, RuntimeError) as error:  # transformers 4.57 would swallow a RuntimeError
         raise ValueError(f"{vocab_file} cannot be used: {error}") from error
 
 
-# --------------------------------------------------------------------------------------------------------------
-# White space
-# --------------------------------------------------------------------------------------------------------------
-def _spell_whitespace(text: bytes) -> bytes:
+def spell_whitespace(text: str) -> str:
     """Newlines, tabs and runs of 2 to 80 blanks as the pieces that stand for them; a single blank stays."""
-    text = text.replace(b"\n", NEWLINE.encode()).replace(b"\t", TAB.encode())
-    if b"  " not in text:
-        return text
-    parts = BLANK_RUN.split(text)  # every second part is a run of blanks
-    parts[1::2] = [SPELLED_BLANKS[run] for run in parts[1::2]]
-    return b"".join(parts)
+    text = text.replace("\n", NEWLINE).replace("\t", TAB)
+    return BLANK_RUN.sub(lambda run: BLANKS[run[0]], text)
 
 
 def _clean_up(text: str) -> str:
     """transformers' removal of blanks before punctuation, which 5.0 no longer has for tokenizers in Python."""
-    for mark in (".", "?", "!", ","):
-        text = text.replace(f" {mark}", mark)
-    text = text.replace(" ' ", "'")
-    for ending in ("n't", "'m", "'s", "'ve", "'re"):
-        text = text.replace(f" {ending}", ending)
+    for mark in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
+        text = text.replace(mark, mark.strip())
     return text
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Conversations
-# --------------------------------------------------------------------------------------------------------------
+# ---- conversations as text ----------------------------------------------------------------------------------
 def _text(value: Any, what: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{what} is {value!r} ({type(value).__name__}), not a str.")
@@ -280,11 +131,28 @@ def _prompt(system: str, rounds: list[tuple[str, str | None]], generation: bool 
     return "".join(lines)
 
 
-# --------------------------------------------------------------------------------------------------------------
-# The tokenizer
-# --------------------------------------------------------------------------------------------------------------
+def _chat_parts(
+    conversation: Any, add_generation_prompt: bool = False, continue_final_message: bool = False
+) -> tuple[str, ...]:
+    """The text of the prompt, and that of the answer where the conversation ends with one."""
+    system, rounds = _split_conversation(conversation)
+    if not rounds:
+        raise ValueError("The conversation has no query: give at least one message of the role 'user'.")
+    answer = rounds[-1][1]
+    if answer is None and continue_final_message:
+        raise ValueError("continue_final_message: the conversation ends with a query, there is no answer to go on.")
+    if answer is not None and add_generation_prompt:
+        raise ValueError(
+            "add_generation_prompt: the conversation ends with an answer, there is no query left; "
+            "use continue_final_message=True to have that answer continued."
+        )
+    prompt = _prompt(system, rounds, generation=add_generation_prompt or answer is not None)
+    return (prompt,) if answer is None else (prompt, answer)
+
+
+# ---- the tokenizer ------------------------------------------------------------------------------------------
 class ChatGLMTokenizer(PreTrainedTokenizer):
-    """The tokenizer of ChatGLM-6B, with the ids of the official code on transformers 4.23 to 5.23.
+    """The tokenizer of ChatGLM-6B, with the ids of the official code on transformers 4.23 to 5.24.
 
     `tokenizer(text)` is the official encoding: text, then `[gMASK] <sop>`; `<sop>`, `<eop>`, `<unk>`, `<pad>` and
     `[MASK]` inside the text are parsed as control tokens, and white space beside them is dropped. Text that a user
@@ -296,14 +164,16 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             what the file is from: 0 for a final file, 20000 for one of the first release.
         clean_up_tokenization_spaces: whether `decode` removes blanks before punctuation; off, it damages code.
         gmask_token, end_token: names of pieces that are no special tokens to transformers.
+        pad_token, unk_token, mask_token: None for a tokenizer that has none.
 
     Raises:
-        ValueError: no such file, or not an `ice_text.model`.
+        ValueError: no such file, or not an `ice_text.model`; a number of image tokens that no vocabulary has.
     """
 
     vocab_files_names = {"vocab_file": VOCAB_FILE}
     model_input_names = ["input_ids", "attention_mask"]
     padding_side = "left"
+    chat_template = None  # transformers below 4.34 knows none
 
     def __init__(
         self,
@@ -313,10 +183,10 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         bos_token: str = "<sop>",
         eos_token: str = "<eop>",
         end_token: str = "</s>",
-        mask_token: str = "[MASK]",
+        mask_token: str | None = "[MASK]",
         gmask_token: str = "[gMASK]",
-        pad_token: str = "<pad>",
-        unk_token: str = "<unk>",
+        pad_token: str | None = "<pad>",
+        unk_token: str | None = "<unk>",
         padding_side: str = "left",
         num_image_tokens: int | None = None,
         clean_up_tokenization_spaces: bool = False,
@@ -325,17 +195,20 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         # transformers >= 4.34 asks for the vocabulary while its own __init__ runs
         self.sp, complete = _load_sentencepiece(vocab_file, kwargs.get("name_or_path") or "the given place")
         self.vocab_file = vocab_file
-        self.num_image_tokens = (0 if complete else NUM_IMAGE_TOKENS) if num_image_tokens is None else num_image_tokens
-        if self.num_image_tokens < 0:
-            raise ValueError(f"num_image_tokens is {num_image_tokens}: it is 0 (slim) or {NUM_IMAGE_TOKENS} (full).")
+        self.num_image_tokens = (0 if complete else IMAGE_TOKENS) if num_image_tokens is None else num_image_tokens
+        if type(self.num_image_tokens) is not int or not 0 <= self.num_image_tokens <= IMAGE_TOKENS:
+            raise ValueError(f"num_image_tokens is {num_image_tokens!r}: it is 0 (slim) or {IMAGE_TOKENS} (full).")
+        if bos_token is None or eos_token is None:
+            raise ValueError(f"bos_token is {bos_token}, eos_token {eos_token}: every prompt needs <sop> and <eop>.")
         self.do_lower_case, self.remove_space = do_lower_case, remove_space
+        self.split_special_tokens = bool(kwargs.get("split_special_tokens", False))  # below 4.34, nobody else does
         kwargs = _own_names_removed(kwargs)
         # tokenizer_config.json of the first release says </s>, but the model has always ended answers with <eop>
         eos_token = "<eop>" if str(eos_token) == str(end_token) else eos_token
         tokens = {"bos": bos_token, "eos": eos_token, "unk": unk_token, "pad": pad_token, "mask": mask_token}
         # a special token swallows the white space beside it, as all of them did before transformers 4.34
         special = {
-            f"{name}_token": AddedToken(str(token), lstrip=True, rstrip=True, normalized=False)
+            f"{name}_token": token and AddedToken(str(token), lstrip=True, rstrip=True, normalized=False)
             for name, token in tokens.items()
         }
         super().__init__(
@@ -350,11 +223,11 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         self.clean_up_tokenization_spaces = clean_up_tokenization_spaces
         self.gmask_token, self.end_token = str(gmask_token), str(end_token)
         # up to 4.33 only from_pretrained made them one token in text, and from 5.0 on they lose their flags
-        self.add_tokens(list(special.values()), special_tokens=True)
+        self.add_tokens([token for token in special.values() if token], special_tokens=True)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> ChatGLMTokenizer:
-        """As in transformers; 4.47 to 5.5 hide an error of `__init__` behind a missing protobuf, which none needs."""
+        """Overridden because 4.47 to 5.5 hide an error of `__init__` behind a missing protobuf, which none needs."""
         try:
             return super().from_pretrained(*args, **kwargs)
         except ImportError as error:
@@ -384,48 +257,52 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         vocab.update(getattr(self, "added_tokens_encoder", {}))
         return vocab
 
-    def _ids_of(self, pieces: list[int]) -> list[int]:
-        """Token ids of SentencePiece's numbers."""
-        offset = self.num_image_tokens
-        return [piece + offset for piece in pieces] if offset else pieces
-
-    def _pieces_of(self, ids: list[int]) -> list[int]:
-        """SentencePiece's numbers of token ids; below 0 and beyond its last number there is no piece."""
-        offset = self.num_image_tokens
-        return [index - offset for index in ids] if offset else ids
-
     def _convert_token_to_id(self, token: str) -> int:
-        image = token.startswith("<image_") and IMAGE_PIECE.fullmatch(token)
-        return int(image[1]) if image else self._ids_of([self.sp.piece_to_id(token)])[0]
+        image = IMAGE_TOKEN.fullmatch(token)
+        if image and int(image[1]) < self.num_image_tokens:
+            return int(image[1])
+        return self.sp.piece_to_id(token) + self.num_image_tokens
 
     def _convert_id_to_token(self, index: int) -> str:
         """The piece, or nothing for the spare rows of the model (130344 to 130527), which no text leads to."""
         if 0 <= index < self.num_image_tokens:
             return f"<image_{index}>"
-        (piece,) = self._pieces_of([index])
+        piece = index - self.num_image_tokens
         return self.sp.id_to_piece(piece) if 0 <= piece < self.sp.get_piece_size() else ""
 
+    @property
+    def sp_tokenizer(self) -> OfficialParts:
+        """The parts by the names of the official code, for converters and stream decoders.
+
+        >>> tokenizer.sp_tokenizer["<sop>"] == tokenizer.bos_token_id, tokenizer.sp_tokenizer[5]
+        (True, '▁')
+        """
+        return OfficialParts(self)
+
     # ---- text to ids -----------------------------------------------------------------------------------------
-    def _spell(self, text: str) -> bytes:
-        """Text as SentencePiece gets it, in UTF-8.
+    def _spell(self, text: str) -> str:
+        """Text as SentencePiece gets it.
 
         Raises:
             ValueError: a lone surrogate.
         """
-        if self.remove_space:
-            text = " ".join(text.split())
-        if self.do_lower_case:
-            text = text.lower()
+        text = " ".join(text.split()) if self.remove_space else text
         try:
-            return _spell_whitespace(text.encode())
+            text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(
                 f"The text holds a lone surrogate, {text[error.start]!r}, which is no character: read it with "
                 "errors='replace', or text.encode('utf-16', 'surrogatepass').decode('utf-16')."
             ) from error
+        return spell_whitespace(text.lower() if self.do_lower_case else text)
 
-    def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
-        return self.sp.encode(self._spell(text).decode(), out_type=str)
+    def tokenize(self, text: str, **options: Any) -> list[str]:
+        """Pieces of a text; overridden because `split_special_tokens` is ignored below 4.34."""
+        split = options.pop("split_special_tokens", self.split_special_tokens)
+        return self._tokenize(text) if split else super().tokenize(text, **options)
+
+    def _tokenize(self, text: str, **_: Any) -> list[str]:
+        return self.sp.encode(self._spell(text), out_type=str)
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of text in which nothing is a control token: `<eop>` or `[MASK]` in it is spelled out.
@@ -435,135 +312,42 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         Raises:
             ValueError: not a str, or a lone surrogate in it.
         """
-        return self._ids_of(self.sp.encode(self._spell(_text(text, "The text to encode"))))
+        pieces = self.sp.encode(self._spell(_text(text, "The text to encode")))
+        return [piece + self.num_image_tokens for piece in pieces]
 
-    def _parse_texts(self, texts: list[str], options: dict[str, Any]) -> list[list[int]]:
-        """Ids of texts; special tokens and the user's tokens are parsed unless options["split_special_tokens"].
-
-        transformers looks for tokens character by character and turns pieces into ids one at a time, which takes four
-        times as long as SentencePiece: that is left to it only where there is a token to be found.
-        """
-        split = options.get("split_special_tokens", getattr(self, "split_special_tokens", False))
-        tokens = set() if split else {*self.all_special_tokens, *self.get_added_vocab()}
-        if tokens and self.do_lower_case:
-            tokens = {""}  # in every text: transformers knows in what case it holds each token
-        beginnings = {token[:1] for token in tokens}  # single characters are found twenty times as fast
-        parsed = {
-            i
-            for i, text in enumerate(texts)
-            if any(start in text for start in beginnings) and any(token in text for token in tokens)
-        }
-        plain = [self._spell(text) for i, text in enumerate(texts) if i not in parsed]
-        threads = len(plain) >= THREADED_BATCH
-        rows = iter(self.sp.encode(plain) if threads else [self.sp.encode(text) for text in plain])
-        return [
-            self.convert_tokens_to_ids(self.tokenize(text)) if i in parsed else self._ids_of(next(rows))
-            for i, text in enumerate(texts)
-        ]
-
-    @functools.wraps(PreTrainedTokenizer.__call__)  # its signature and its description (4.23 to 5.23)
-    def __call__(self, text: Any = None, *args: Any, **options: Any) -> BatchEncoding:
-        # A text alone goes a short way: transformers' own takes a third of SentencePiece's time.
-        plain = isinstance(text, str) and not args and options.keys() <= {"return_tensors"}
-        own = type(self) is ChatGLMTokenizer and self.model_input_names == ChatGLMTokenizer.model_input_names
-        if not (plain and own):
-            return super().__call__(text, *args, **options)
-        (ids,) = self._parse_texts([text], {})
-        ids = self.build_inputs_with_special_tokens(ids)
-        self._eventual_warn_about_too_long_sequence(ids, None, True)
-        encoded, form = {"input_ids": ids, "attention_mask": [1] * len(ids)}, options.get("return_tensors")
-        return BatchEncoding(encoded, tensor_type=form, prepend_batch_axis=form is not None)
-
-    def _encode_plus(self, text: Any, text_pair: Any = None, **options: Any) -> BatchEncoding:
-        """transformers' one door for a text and, from 5.0 on, for a batch; overridden for speed (4.23 to 5.23)."""
-        encoded = None
-        if isinstance(text, str) and not any(options.get(name) for name in TEXT_OPTIONS):
-            text, text_pair = (
-                self._parse_texts([one], options)[0] or one if isinstance(one, str) else one
-                for one in (text, text_pair)  # ids are taken as well as text, but no empty list
-            )
-        elif isinstance(text, (list, tuple)) and not hasattr(super(), "_batch_encode_plus"):
-            if text_pair is None:
-                encoded = self._encode_batch(text, options)
-            elif isinstance(text_pair, (list, tuple)) and len(text_pair) == len(text):
-                encoded = self._encode_batch(list(zip(text, text_pair)), options)
-        return super()._encode_plus(text, text_pair, **options) if encoded is None else encoded
-
-    def _batch_encode_plus(self, batch_text_or_text_pairs: list, **options: Any) -> BatchEncoding:
-        """The door for a batch before 5.0."""
-        encoded = self._encode_batch(batch_text_or_text_pairs, options)
-        return super()._batch_encode_plus(batch_text_or_text_pairs, **options) if encoded is None else encoded
-
-    def _encode_batch(self, inputs: list, options: dict[str, Any]) -> BatchEncoding | None:
-        """Texts and pairs of texts, encoded together; None leaves them to transformers, which goes row by row."""
-        items = [item if isinstance(item, (list, tuple)) else (item,) for item in inputs]
-        texts = [text for item in items for text in item]
-        regular = all(len(item) in (1, 2) for item in items) and all(isinstance(text, str) for text in texts)
-        if not (texts and regular) or any(options.get(name) for name in (*TEXT_OPTIONS, *ROW_OPTIONS)):
-            return None
-        ids = iter(self._parse_texts(texts, options))
-        rows = [self._lay_out(next(ids), next(ids) if len(item) == 2 else None, options) for item in items]
-        names = ("max_length", "pad_to_multiple_of", "padding_side", "return_attention_mask", "return_tensors")
-        given = {name: options[name] for name in names if options.get(name) is not None}
-        return self.pad({"input_ids": rows}, padding=options["padding_strategy"], **given)
-
-    def _lay_out(self, first: list[int], second: list[int] | None, options: dict[str, Any]) -> list[int]:
-        """A row of a batch: cut to options["max_length"], with special tokens."""
-        special = options.get("add_special_tokens", True)
-        strategy, limit = options["truncation_strategy"], options.get("max_length")
-        if limit is not None and strategy.value != "do_not_truncate":
-            added = self.num_special_tokens_to_add(pair=second is not None) if special else 0
-            excess = len(first) + len(second or ()) + added - limit
-            first, second, _ = self.truncate_sequences(first, second, excess, strategy)
-        return self.build_inputs_with_special_tokens(first, second) if special else first + (second or [])
-
-    def build_inputs_with_special_tokens(
-        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
-    ) -> list[int]:
+    def build_inputs_with_special_tokens(self, token_ids_0: Ids, token_ids_1: OptionalIds = None) -> Ids:
         """The official layout: `text [gMASK] <sop>`, and for a pair `text [gMASK] <sop> second <eop>`."""
         prompt = [*token_ids_0, self.gmask_token_id, self.bos_token_id]
         return prompt if token_ids_1 is None else [*prompt, *token_ids_1, self.eos_token_id]
 
-    def create_token_type_ids_from_sequences(
-        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
-    ) -> list[int]:
-        """All 0, as long as the encoding, since the model knows no types; before 5.0 they come out too short."""
-        added = self.num_special_tokens_to_add(pair=token_ids_1 is not None)
-        return [0] * (len(token_ids_0) + len(token_ids_1 or ()) + added)
+    def create_token_type_ids_from_sequences(self, token_ids_0: Ids, token_ids_1: OptionalIds = None) -> Ids:
+        """All 0, since the model knows no types; overridden because before 5.0 they come out too short."""
+        return [0] * len(self.build_inputs_with_special_tokens(token_ids_0, token_ids_1))
 
     def get_special_tokens_mask(
-        self, token_ids_0: list[int], token_ids_1: list[int] | None = None, already_has_special_tokens: bool = False
-    ) -> list[int]:
-        """1 where `build_inputs_with_special_tokens` adds a token (transformers knows no layout, and says 0)."""
+        self, token_ids_0: Ids, token_ids_1: OptionalIds = None, already_has_special_tokens: bool = False
+    ) -> Ids:
+        """1 where a token is added; overridden because transformers (4.23 to 5.24) knows no layout, and says 0."""
         if already_has_special_tokens:
             return super().get_special_tokens_mask(token_ids_0, token_ids_1, already_has_special_tokens=True)
         prompt = [0] * len(token_ids_0) + [1, 1]
         return prompt if token_ids_1 is None else prompt + [0] * len(token_ids_1) + [1]
 
     def truncate_sequences(
-        self,
-        ids: list[int],
-        pair_ids: list[int] | None = None,
-        num_tokens_to_remove: int = 0,
-        truncation_strategy: Any = "longest_first",
-        stride: int = 0,
-    ) -> tuple[list[int], list[int] | None, list[int]]:
-        """A part that would vanish stays whole, as up to 4.57; 5.x empties it, often with the rest still too long.
-
-        Checked on 4.23 to 5.23; how the rest is cut is left to transformers.
-        """
-        strategy = getattr(truncation_strategy, "value", truncation_strategy)
-        if num_tokens_to_remove <= 0:
-            return ids, pair_ids, []
+        self, ids: Ids, pair_ids: OptionalIds = None, num_tokens_to_remove: int = 0, *args: Any, **options: Any
+    ) -> tuple[Ids, OptionalIds, Ids]:
+        """Overridden because 5.x empties a part that is too short to be cut: it stays whole here, as up to 4.57."""
+        strategy = args[0] if args else options.get("truncation_strategy", "longest_first")
+        strategy = getattr(strategy, "value", strategy)
         part = pair_ids if strategy == "only_second" else ids
-        only_part = strategy != "longest_first" or pair_ids is None
-        if only_part and part is not None and len(part) <= num_tokens_to_remove:
+        only_part = part is not None and (strategy != "longest_first" or pair_ids is None)
+        if only_part and num_tokens_to_remove >= max(len(part), 1):
             logger.warning(
                 f"{num_tokens_to_remove} tokens are to be cut from a part of {len(part)} ({strategy}), which stays "
                 "whole: raise max_length, or choose another truncation strategy."
             )
-            return ids, pair_ids, []
-        return super().truncate_sequences(ids, pair_ids, num_tokens_to_remove, truncation_strategy, stride)
+            num_tokens_to_remove = 0
+        return super().truncate_sequences(ids, pair_ids, num_tokens_to_remove, *args, **options)
 
     def build_blank_input_ids(self, text: str) -> list[int]:
         """Ids that ask the model to fill the first `[MASK]` in a text: the text, then `<sop>`, without `[gMASK]`.
@@ -622,12 +406,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """
         return self.build_inputs_with_special_tokens(self.encode_text(self.build_prompt(query, history)))
 
-    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
+    def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **options: Any) -> Any:
         """A conversation, or a list of them, as text or ids: the ids of `build_chat_input_ids`.
 
-        Overridden (4.23, which has no such method, to 5.23) because a template is rendered before it is encoded, so
+        Overridden (4.23, which has no such method, to 5.24) because a template is rendered before it is encoded, so
         that what a user typed could become a control token, and because `[gMASK]` is never parsed. A template of your
-        own (`chat_template`, here or of the tokenizer) is left to transformers.
+        own, here or of the tokenizer, which writes something else than `build_prompt`, is left to transformers.
 
         Args:
             conversation: messages or (query, answer) pairs, as in `build_prompt`. It ends with a query (as a pair:
@@ -644,11 +428,29 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             Others, such as tools and documents, have no place in the text, and no effect.
 
         Raises:
-            ValueError: a conversation of another shape, or a flag that does not fit its end.
+            ValueError: a conversation of another shape or with other roles, or a flag that does not fit its end.
         """
-        if self._has_template_of_user(options.get("chat_template")):
-            return super().apply_chat_template(conversation, **options)
-        return self._apply_rounds(conversation, **options)
+        if self._writes_prompts(chat_template):
+            return self._apply_rounds(conversation, **options)
+        return super().apply_chat_template(conversation, chat_template=chat_template, **options)
+
+    def _writes_prompts(self, template: str | None) -> bool:
+        """Whether a template (None: the tokenizer's own) writes what `build_prompt` does, however it is written."""
+        if template is None and self.chat_template is None:
+            return True
+        for messages, generation in PROBES:
+            try:
+                wanted = "".join(_chat_parts(messages, generation))
+            except ValueError:
+                wanted = None
+            try:
+                options = {"chat_template": template, "add_generation_prompt": generation}
+                written = super().apply_chat_template(messages, tokenize=False, **options)
+            except Exception:  # somebody else's template may fail as it likes; it will be rendered again, and say so
+                written = None
+            if written != wanted:
+                return False
+        return True
 
     def _apply_rounds(
         self,
@@ -657,7 +459,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         continue_final_message: bool = False,
         tokenize: bool = True,
         padding: bool | str = False,
-        truncation: bool = False,
+        truncation: bool | str = False,
         max_length: int | None = None,
         return_tensors: str | None = None,
         return_dict: bool | None = None,
@@ -667,68 +469,41 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     ) -> Any:
         """`apply_chat_template` without a template: the rounds of `build_prompt`."""
         conversations, is_batch = _batch_of(conversation)
-        flags = (add_generation_prompt, continue_final_message)
+        parts = [_chat_parts(one, add_generation_prompt, continue_final_message) for one in conversations]
         if not tokenize:
-            parts = [self._chat_parts(one, *flags) for one in conversations]
-            texts = [prompt + (answer or "") for prompt, answer in parts]
-            return texts if is_batch else texts[0]
-        rows = [self._chat_ids(one, *flags, truncation=truncation, max_length=max_length) for one in conversations]
-        encoded = self._pad_chats(rows, padding=padding, max_length=max_length, **(tokenizer_kwargs or {}))
-        if not return_assistant_tokens_mask:
-            del encoded["assistant_masks"]
+            return ["".join(one) for one in parts] if is_batch else "".join(parts[0])
+        limit = self.model_max_length if max_length is None else max_length
+        limit = limit if truncation and truncation != "do_not_truncate" else float("inf")
+        ending = [] if continue_final_message else [self.eos_token_id]
+        rows = [self._chat_row(*one, calls=add_generation_prompt, ending=ending, limit=limit) for one in parts]
+        # masks of the answers go by a name that `pad` knows how to fill up
+        encoded = {"input_ids": [ids for ids, _ in rows], "token_type_ids": [mask for _, mask in rows]}
+        encoded = dict(self.pad(encoded, padding=padding, max_length=max_length, **(tokenizer_kwargs or {})))
+        masks = encoded.pop("token_type_ids")
+        if return_assistant_tokens_mask:
+            encoded["assistant_masks"] = masks
         if not is_batch and return_tensors is None:
             encoded = {name: values[0] for name, values in encoded.items()}
         encoded = BatchEncoding(encoded, tensor_type=return_tensors)
-        return encoded if _chat_returns_dict(return_dict) else encoded["input_ids"]
+        if return_dict is None:
+            from .compat import chat_returns_dict  # here, since it needs torch, and the rest of this file does not
 
-    def _has_template_of_user(self, given: str | None) -> bool:
-        template = given or getattr(self, "chat_template", None)
-        if isinstance(template, dict):  # named ones
-            template = template.get("default")
-        return template is not None and TEMPLATE_MARK not in template
+            return_dict = chat_returns_dict()
+        return encoded if return_dict else encoded["input_ids"]
 
-    def _chat_parts(
-        self, conversation: Any, add_generation_prompt: bool, continue_final_message: bool
-    ) -> tuple[str, str | None]:
-        """The text of the prompt, and that of the answer where the conversation ends with one."""
-        system, rounds = _split_conversation(conversation)
-        if not rounds:
-            raise ValueError("The conversation has no query: give at least one message of the role 'user'.")
-        answer = rounds[-1][1]
-        if answer is None and continue_final_message:
-            raise ValueError(
-                "continue_final_message: the conversation ends with a query, there is no answer to go on."
-            )
-        if answer is not None and add_generation_prompt:
-            raise ValueError(
-                "add_generation_prompt: the conversation ends with an answer, there is no query left; "
-                "use continue_final_message=True to have that answer continued."
-            )
-        return _prompt(system, rounds, generation=add_generation_prompt or answer is not None), answer
-
-    def _chat_ids(
-        self, conversation: Any, add_generation_prompt: bool, continue_final_message: bool, **cut: Any
-    ) -> tuple[list[int], int]:
-        """Ids of a conversation, cut, and how many of them come before the answer."""
-        prompt, answer = self._chat_parts(conversation, add_generation_prompt, continue_final_message)
-        ids = self.encode_text(prompt)
-        if answer is None:
-            ids = self.prepare_for_model(ids, add_special_tokens=add_generation_prompt, **cut)["input_ids"]
-            return ids, len(ids)
-        prompt_ids = self.build_inputs_with_special_tokens(ids)
-        ids = [*prompt_ids, *self.encode_text(answer), *([] if continue_final_message else [self.eos_token_id])]
-        kept = self.prepare_for_model(ids, add_special_tokens=False, **cut)["input_ids"]
-        lost_in_front = len(ids) - len(kept) if self.truncation_side == "left" else 0
-        return kept, min(max(len(prompt_ids) - lost_in_front, 0), len(kept))
-
-    def _pad_chats(self, rows: list[tuple[list[int], int]], **form: Any) -> dict[str, list[list[int]]]:
-        """Padded rows, with masks of what is no padding and of what is the answer."""
-        encoded = dict(self.pad({"input_ids": [ids for ids, _ in rows]}, **form))
-        masks = [[0] * before + [1] * (len(ids) - before) for ids, before in rows]
-        padding = [[0] * (len(row) - len(mask)) for row, mask in zip(encoded["input_ids"], masks)]
-        left = self.padding_side == "left"
-        encoded["assistant_masks"] = [pad + mask if left else mask + pad for pad, mask in zip(padding, masks)]
-        return encoded
+    def _chat_row(
+        self, prompt: str, *answer: str, calls: bool, ending: list[int], limit: float
+    ) -> tuple[list[int], list[int]]:
+        """Ids of a prompt and, where there is one, its answer, cut, and a mask of them: 1 for the answer."""
+        ids, call = self.encode_text(prompt), [self.gmask_token_id, self.bos_token_id]
+        if not answer:
+            call = call if calls else []
+            ids, *_ = self.truncate_sequences(ids, num_tokens_to_remove=len(ids) + len(call) - limit)
+            return ids + call, [0] * len(ids + call)
+        learnt = [*self.encode_text(*answer), *ending]
+        ids, mask = [*ids, *call, *learnt], [0] * len(ids + call) + [1] * len(learnt)
+        excess = len(ids) - limit
+        return self.truncate_sequences(ids, None, excess)[0], self.truncate_sequences(mask, None, excess)[0]
 
     # ---- ids to text -----------------------------------------------------------------------------------------
     def decode(
@@ -736,76 +511,73 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         token_ids: Any,
         skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool | None = None,
-        **kwargs: Any,
+        spaces_between_special_tokens: bool = True,
+        **_: Any,
     ) -> Any:
         """Text of ids (an int, a list, an array or a tensor); of a batch, a list of texts.
 
         Control tokens print nothing, `<unk>` prints " ⁇ " unless `skip_special_tokens`, and ids without a piece print
-        nothing. Overridden (4.23 to 5.23) because up to 4.27 the clean-up is on unless the caller says otherwise.
+        nothing; padding is left out first, so that it can stand between the bytes of a character. Overridden (4.23 to
+        5.24) because up to 4.27 the clean-up is on unless the caller says otherwise, and 5.0 has none.
         """
         ids = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
-        if not isinstance(ids, list):
-            ids = [ids] if isinstance(ids, int) else list(ids)
-        if ids and isinstance(ids[0], (list, tuple)) or getattr(ids[0] if ids else None, "ndim", 0):
-            return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces, **kwargs) for row in ids]
-        if ids and type(ids[0]) is not int:
-            ids = [int(index) for index in ids]  # numpy or torch numbers
-        text = self._decode(ids, skip_special_tokens, **kwargs)
-        clean_up = clean_up_tokenization_spaces
-        clean_up = self.clean_up_tokenization_spaces if clean_up is None else clean_up
-        return _clean_up(text) if clean_up else text
-
-    def batch_decode(
-        self,
-        sequences: Any,
-        skip_special_tokens: bool = False,
-        clean_up_tokenization_spaces: bool | None = None,
-        **kwargs: Any,
-    ) -> list[str]:
-        """A text for each row of ids; overridden as `decode` is, and for the same reason."""
-        return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces, **kwargs) for row in sequences]
-
-    def _decode(self, token_ids: list[int], skip_special_tokens: bool = False, **kwargs: Any) -> str:
+        ids = [ids] if isinstance(ids, int) else [one.tolist() if hasattr(one, "tolist") else one for one in ids]
+        if ids and isinstance(ids[0], (list, tuple)):
+            options = (skip_special_tokens, clean_up_tokenization_spaces, spaces_between_special_tokens)
+            return [self.decode(row, *options) for row in ids]
         hidden = {self.pad_token_id, *(self.all_special_ids if skip_special_tokens else ())}
-        # control pieces print nothing anyway: this is for <unk>, and for special tokens that the user has added
-        hidden = {index for index in hidden if index is not None and not self._is_control(index)}
-        if hidden and not hidden.isdisjoint(token_ids):
-            token_ids = [index for index in token_ids if index not in hidden]
-        try:
-            return self._decoder.decode(self._pieces_of(token_ids))
-        except IndexError:  # not all of them are pieces
-            return self._decode_mixed(token_ids, kwargs.get("spaces_between_special_tokens", True))
+        pieces, texts = range(self.vocab_size), []
+        added = {index: token for token, index in self.get_added_vocab().items() if index not in pieces}
+        shown = [index for index in ids if index not in hidden and (index in pieces or index in added)]
+        for is_added, run in groupby(shown, added.__contains__):
+            run = list(run)
+            texts += [added[index] for index in run] if is_added else [self._text_of(run)]
+        text = (" " if spaces_between_special_tokens else "").join(texts)
+        clean_up = clean_up_tokenization_spaces
+        return _clean_up(text) if (self.clean_up_tokenization_spaces if clean_up is None else clean_up) else text
 
-    @functools.cached_property
-    def _decoder(self) -> spm.SentencePieceProcessor:
-        return spm.SentencePieceProcessor(model_proto=_decoding_model(self.sp.serialized_model_proto()))
+    def batch_decode(self, sequences: Any, *args: Any, **options: Any) -> list[str]:
+        """A text for each row of ids; overridden because up to 4.27 it asks `decode` for the clean-up."""
+        return [self.decode(row, *args, **options) for row in sequences]
 
-    def _is_control(self, index: int) -> bool:
-        (piece,) = self._pieces_of([index])
-        return 0 <= piece < self.sp.get_piece_size() and self.sp.is_control(piece)
-
-    def _decode_mixed(self, token_ids: list[int], spaces: bool) -> str:
-        """Text of ids some of which are image tokens, tokens added by the user, or nothing."""
-        added = {index: token for token, index in self.get_added_vocab().items()}
-        texts, run = [], []
-        for index in token_ids:
-            if 0 <= index < self.vocab_size:
-                run.append(self._convert_id_to_token(index))
-            elif index in added:
-                texts += [self.convert_tokens_to_string(run), added[index]] if run else [added[index]]
-                run = []
-        texts += [self.convert_tokens_to_string(run)] if run else []
-        return (" " if spaces else "").join(texts)
+    def _text_of(self, ids: Ids) -> str:
+        images = self.num_image_tokens
+        if min(ids) < images:
+            return self.convert_tokens_to_string([self._convert_id_to_token(index) for index in ids])
+        return self.convert_tokens_to_string(self.sp.id_to_piece([index - images for index in ids]))
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        return self._decoder.decode_pieces([WHITESPACE.get(token, token) for token in tokens])
+        return self.sp.decode_pieces([WHITESPACE.get(token, token) for token in tokens])
 
     # ---- files -----------------------------------------------------------------------------------------------
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
-        """Write `ice_text.model`, complete even where the loaded file was of the first release."""
-        path = Path(save_directory, f"{filename_prefix}-{VOCAB_FILE}" if filename_prefix else VOCAB_FILE)
+        """Write `ice_text.model` into a folder, or to a file of any name: what is no folder yet is a file.
+
+        It is complete even where the loaded file was of the first release.
+        """
+        path = Path(save_directory, VOCAB_FILE) if os.path.isdir(save_directory) else Path(save_directory)
+        path = path.with_name(f"{filename_prefix}-{path.name}") if filename_prefix else path
         path.write_bytes(self.sp.serialized_model_proto())
         return (str(path),)
+
+
+class OfficialParts:
+    """`tokenizer.sp_tokenizer`: what converters and stream decoders written for the official code read of it.
+
+    vocab_file: the file that was loaded. text_tokenizer.sp: the SentencePieceProcessor of the complete model, and
+    text_tokenizer.num_tokens and num_text_tokens its pieces. num_image_tokens: ids before the first of them.
+    num_tokens: both together. `[token]` is an id, `[id]` a token.
+    """
+
+    def __init__(self, tokenizer: ChatGLMTokenizer) -> None:
+        self._tokenizer, self.vocab_file = tokenizer, tokenizer.vocab_file
+        self.num_image_tokens, self.num_tokens = tokenizer.num_image_tokens, tokenizer.vocab_size
+        self.num_text_tokens = self.num_tokens - self.num_image_tokens
+        self.text_tokenizer = SimpleNamespace(sp=tokenizer.sp, num_tokens=self.num_text_tokens)
+
+    def __getitem__(self, item: str | int) -> int | str:
+        of = self._tokenizer
+        return of.convert_tokens_to_ids(item) if isinstance(item, str) else of.convert_ids_to_tokens(item)
 
 
 def _own_names_removed(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -834,15 +606,6 @@ def _batch_of(conversation: Any) -> tuple[list, bool]:
     if isinstance(first, (list, tuple)) and not (first and isinstance(first[0], str)):
         return [getattr(one, "messages", one) for one in conversation], True
     return [conversation], False
-
-
-def _chat_returns_dict(wanted: bool | None) -> bool:
-    """What the caller wants or, by default, what transformers itself does: no on 4.x, yes from 5.0 on."""
-    if wanted is not None:
-        return wanted
-    method = getattr(PreTrainedTokenizer, "apply_chat_template", None)
-    parameter = inspect.signature(method).parameters.get("return_dict") if method else None
-    return bool(parameter and parameter.default)
 
 
 ChatGLMTokenizer.register_for_auto_class("AutoTokenizer")
