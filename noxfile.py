@@ -35,6 +35,7 @@ SUITES = [
     "huge_pages",
     "cpu_decode",
     "cpu_int4pack",
+    "cuda_kernels",
 ]
 AT_ONCE = 2
 REPORTS = Path(".nox") / "reports"
@@ -64,7 +65,7 @@ def register(version: str) -> None:
             return
         REPORTS.mkdir(parents=True, exist_ok=True)
         session.run(
-            *("python", "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"),
+            *("python", "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-m", "not once"),
             f"--junitxml={REPORTS / version}.xml",
             *(session.posargs or [f"tests/{FEATURES}.py", *(f"tests/test_{name}.py" for name in SUITES)]),
             env={

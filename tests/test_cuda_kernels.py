@@ -120,6 +120,7 @@ def kernels(emulated, ready, monkeypatch):
 # ---- compilation ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.once
 @needs_nvrtc
 def test_every_target_compiles_without_spills_and_with_at_most_96_registers():
     results = list(nvrtc_table.compile_all(cuda_kernels.SOURCE))
@@ -265,6 +266,7 @@ def test_no_result_depends_on_the_order_of_the_threads(kernels, monkeypatch):
     assert all(checks.same_bits(product, products[0]) for product in products)
 
 
+@pytest.mark.once
 @needs_compilers
 def test_the_checks_catch_every_broken_kernel():
     script = Path(mutants.__file__)
