@@ -2,6 +2,8 @@
 
 import copy
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,16 +15,18 @@ from chatglm_slim.modeling_chatglm import (
     TokenKinds,
     continued_position_ids,
     find_geometry,
+    hidden_keys,
     position_ids_between,
     rotary_tables,
     shifted_cross_entropy,
-    visible_keys,
 )
+from chatglm_slim.tokenization_chatglm import ChatGLMTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rounding import assert_as_near, exact, roundings
 from safetensors.torch import load_file
 
+DIFFERENCES = Path(__file__).parents[1] / "docs" / "differences.md"
 GOLDEN_MODELS = ["base2d", "base1d", "prefix", "prefix_proj"]
 PAD, MASK, GMASK, SOP, EOP = 3, 1100, 1101, 1104, 1105
 
@@ -233,10 +237,38 @@ def test_derived_positions_and_masks_equal_the_original(golden_model, name):
         positions = position_ids_between(geometry, 0, ids.shape[1], two_dimensional)
         golden = torch.tensor(case["derived_position_ids"])
         assert torch.equal(positions, golden if golden.dim() == 3 else golden[:, None]), case["name"]
-        hidden = ~visible_keys(geometry, None, 0, ids.shape[1], ids.shape[1])
+        hidden = hidden_keys(geometry, None, 0, ids.shape[1], ids.shape[1], "cpu")
         assert rows_of(hidden) == case["derived_mask_rows"], case["name"]
         compared += 1
     assert compared >= 5
+
+
+@pytest.mark.parametrize("name", GOLDEN_MODELS)
+def test_official_helpers_give_the_positions_and_masks_of_the_original(golden_model, name):
+    model, cases, _ = golden_model(name)
+    assert model.position_encoding_2d == model.transformer.position_encoding_2d == (name != "base1d")
+    compared = 0
+    for case in cases.values():
+        if "derived_position_ids" not in case or "no_mask" in case["name"]:
+            continue
+        ids = torch.tensor(case["input_ids"])
+        use_gmasks = [GMASK in row for row in case["input_ids"]]
+        places = [row.index(GMASK if gmask else MASK) for row, gmask in zip(case["input_ids"], use_gmasks)]
+        for owner in (model, model.transformer):
+            hidden = owner.get_masks(ids, device=ids.device)
+            positions = owner.get_position_ids(ids, places, device=ids.device, use_gmasks=use_gmasks)
+            assert hidden.dtype == torch.bool and rows_of(hidden) == case["derived_mask_rows"], case["name"]
+            assert positions.tolist() == case["derived_position_ids"], case["name"]
+        if name != "base1d":  # only 1-D models ask which of the two tokens it is
+            assert torch.equal(model.get_position_ids(ids, torch.tensor(places), "cpu"), positions)
+        compared += 1
+    assert compared >= 5
+
+
+def test_official_helpers_want_a_sop(model):
+    with pytest.raises(ValueError, match="no <sop>"):
+        model.get_masks(torch.tensor([[5, GMASK]]), "cpu")
+    assert model.get_masks(torch.tensor([[5, SOP, 7]]), "cpu").shape == (1, 1, 3, 3)  # needs no [gMASK]
 
 
 def rows_of(hidden):
@@ -297,11 +329,11 @@ def test_positions_and_masks_follow_the_rules_whole_and_in_parts(ids, cut):
     geometry = find_geometry(TokenKinds.of_ids(tensor, config), None)
     rows, visible = reference_geometry(ids)
     assert position_ids_between(geometry, 0, len(ids), True)[0].tolist() == rows
-    assert visible_keys(geometry, None, 0, len(ids), len(ids))[0, 0].tolist() == visible
+    assert (~hidden_keys(geometry, None, 0, len(ids), len(ids), "cpu"))[0, 0].tolist() == visible
     start = min(max(cut, int(geometry.context_length)), len(ids) - 1)
     rest = len(ids) - start
     assert position_ids_between(geometry, start, rest, True)[0].tolist() == [row[start:] for row in rows]
-    assert visible_keys(geometry, None, start, rest, len(ids))[0, 0].tolist() == visible[start:]
+    assert (~hidden_keys(geometry, None, start, rest, len(ids), "cpu"))[0, 0].tolist() == visible[start:]
     if start > geometry.context_length:
         whole = torch.tensor([rows])
         assert torch.equal(continued_position_ids(whole[..., :start], start, rest), whole[..., start:])
@@ -418,7 +450,7 @@ def test_embeddings_alone_equal_ids(model):
 @torch.no_grad()
 def test_official_4d_mask_and_positions_equal_the_derived_ones(model):
     geometry = find_geometry(TokenKinds.of_ids(IDS, model.config), None)
-    hidden = ~visible_keys(geometry, None, 0, IDS.shape[1], IDS.shape[1])
+    hidden = hidden_keys(geometry, None, 0, IDS.shape[1], IDS.shape[1], "cpu")
     positions = position_ids_between(geometry, 0, IDS.shape[1], True)
     assert_equals_one_pass(model, model(IDS, attention_mask=hidden, position_ids=positions).logits)
 
@@ -534,6 +566,61 @@ def test_gradient_checkpointing_changes_no_gradient(model):
         torch.testing.assert_close(checkpointed[name], value)
 
 
+@pytest.mark.parametrize("name", ["chat2d", "prefix"])
+@torch.no_grad()
+def test_a_mask_that_hides_cached_keys_at_a_later_step_is_obeyed(golden_model, name):
+    model = golden_model(name)[0]
+    for hidden in ([2, 3], [0], [7]):
+        cache = model(IDS[:, :8], use_cache=True).past_key_values
+        mask = torch.ones(1, 9, dtype=torch.long)
+        mask[:, hidden] = 0
+        step = model(IDS[:, 8:9], past_key_values=cache, attention_mask=mask, use_cache=True).logits
+        official = model.get_masks(IDS[:, :9], "cpu")
+        official[:, :, -1, hidden] = True  # hidden from this token alone: the others were computed before
+        whole = model(IDS[:, :9], attention_mask=official).logits
+        torch.testing.assert_close(step, whole[:, -1:], rtol=1e-5, atol=1e-5)
+        assert (whole - model(IDS[:, :9]).logits)[:, -1].abs().max() > 1e-4  # ten times the tolerance
+
+
+@torch.no_grad()
+def test_a_configuration_without_pad_takes_no_token_for_padding(model, monkeypatch):
+    ids = torch.cat((torch.zeros(1, 2, dtype=torch.long), IDS), dim=1)  # <unk> <unk> ...
+    monkeypatch.setattr(model.config, "pad_token_id", None)
+    expected = model(ids, attention_mask=torch.ones_like(ids)).logits
+    embedded = model(inputs_embeds=model.get_input_embeddings()(ids)).logits
+    torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(embedded, expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_return_dict_of_the_configuration_is_obeyed(model, monkeypatch):
+    options = {"do_sample": False, "max_new_tokens": 3}
+    expected = model.generate(IDS[:, :6], **options)
+    monkeypatch.setattr(model.config, "return_dict", False)
+    logits, *_ = model(IDS)
+    hidden, *_ = model.transformer(IDS)
+    assert torch.equal(logits, model(IDS, return_dict=True).logits)
+    assert torch.equal(hidden, model.transformer(IDS, return_dict=True).last_hidden_state)
+    assert torch.equal(model.generate(IDS[:, :6], **options), expected)
+
+
+SENTENCE_VECTORS = re.search(r"```python\n(import torch.*?)```", DIFFERENCES.read_text("utf-8"), re.S)[1]
+
+
+@torch.no_grad()
+def test_sentence_vectors_of_the_documentation_are_means_over_a_texts_own_tokens(model, golden):
+    tokenizer, names = ChatGLMTokenizer(str(golden / "tiny_sp.model")), {}
+    exec(SENTENCE_VECTORS, names)
+    texts = ["你好", "介绍一下清华大学", "hello world, this is a test"]
+    batch = names["sentence_vectors"](model, tokenizer, texts)
+    assert batch.shape == (3, 64)
+    for text, vector in zip(texts, batch):
+        torch.testing.assert_close(names["sentence_vectors"](model, tokenizer, [text])[0], vector, rtol=0, atol=1e-5)
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        by_hand = model(ids, output_hidden_states=True).hidden_states[-1][0, :-2].mean(dim=0)
+        torch.testing.assert_close(vector, by_hand, rtol=0, atol=1e-5)
+
+
 # --- bad input ------------------------------------------------------------------------------------------------------
 
 
@@ -544,6 +631,12 @@ def test_gradient_checkpointing_changes_no_gradient(model):
         ({"input_ids": torch.tensor([[5, 95, SOP]])}, r"no \[gMASK\] or \[MASK\]"),
         ({}, "either input_ids or inputs_embeds"),
         ({"input_ids": IDS, "position_ids": torch.zeros(1, 11, dtype=torch.long)}, r"takes \[batch, 2, 11\]"),
+        ({"input_ids": IDS, "attention_mask": torch.ones(1, 10)}, r"shape \(1, 10\): 11 new .* 0 .* take \[1, 11\]"),
+        ({"input_ids": IDS, "attention_mask": torch.ones(2, 11)}, r"shape \(2, 11\)"),
+        ({"input_ids": IDS, "attention_mask": torch.ones(1, 11, 11)}, r"shape \(1, 11, 11\)"),
+        ({"input_ids": IDS, "attention_mask": torch.ones(1, 1, 11, 10)}, r"shape \(1, 1, 11, 10\)"),
+        ({"input_ids": IDS, "labels": IDS[:, 1:]}, r"labels of shape \(1, 10\) for an input of \(1, 11\)"),
+        ({"input_ids": IDS, "labels": IDS, "logits_to_keep": 1}, "labels with logits_to_keep = 1"),
     ],
 )
 def test_bad_input_is_named(model, arguments, message):

@@ -111,6 +111,27 @@ def find_geometry(kinds: "TokenKinds", attention_mask: Optional[Tensor]) -> Geom
     return Geometry(context_length, mask_position, fills_blank, padding, is_padded)
 
 
+def check_mask(mask: Tensor, batch: int, new_tokens: int, tokens: int, keys: int) -> None:
+    """ValueError for a mask that is neither [B, tokens] nor an official one; `tokens` with those in the cache."""
+    rows, *sizes = mask.shape
+    fits = sizes == [tokens]
+    if len(sizes) == 3:  # of the official masks the last rows count
+        fits = (sizes[1] == 1 or sizes[1] >= new_tokens) and sizes[2] in (1, tokens, keys)
+    if not fits or rows not in (1, batch):
+        raise ValueError(
+            f"attention_mask of shape {tuple(mask.shape)}: {new_tokens} new tokens after {tokens - new_tokens} in the "
+            f"cache take [{batch}, {tokens}] with 0 for hidden tokens, or the official bool mask "
+            f"[{batch}, 1, {new_tokens}, {tokens}] with True for them"
+        )
+
+
+def hides_any(geometry: Optional[Geometry], attention_mask: Optional[Tensor]) -> bool:
+    """Whether something before a new token is hidden from it; while tracing, whether it may be."""
+    if attention_mask is None:
+        return geometry is not None and geometry.is_padded
+    return is_tracing() or bool((attention_mask == 0).any())
+
+
 def refuse_rows(missing: Tensor, what: str, length: int) -> None:
     if missing.any():
         row = int(missing.int().argmax())
@@ -130,16 +151,24 @@ class TokenKinds(NamedTuple):
 
     @classmethod
     def of_ids(cls, input_ids: Tensor, config: ChatGLMConfig) -> "TokenKinds":
-        ids = (config.bos_token_id, config.gmask_token_id, config.mask_token_id, config.pad_token_id)
-        return cls(*(input_ids == (-1 if token is None else token) for token in ids))
+        return cls(*(input_ids == (-1 if token is None else token) for token in shaping_tokens(config)))
 
     @classmethod
     def of_embeddings(cls, inputs_embeds: Tensor, embedding: nn.Module, config: ChatGLMConfig) -> "TokenKinds":
         """Recognises the special tokens by their embeddings, so that `inputs_embeds` alone is enough."""
-        ids = (config.bos_token_id, config.gmask_token_id, config.mask_token_id, config.pad_token_id)
-        tokens = torch.tensor([token or 0 for token in ids], device=inputs_embeds.device)
-        rows = embedding(tokens).to(inputs_embeds.dtype)
-        return cls(*((inputs_embeds == row).all(dim=-1) for row in rows))
+
+        def found(token: Optional[int]) -> Tensor:
+            if token is None:
+                return torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
+            row = embedding(torch.tensor([token], device=inputs_embeds.device))
+            return (inputs_embeds == row.to(inputs_embeds.dtype)).all(dim=-1)
+
+        return cls(*map(found, shaping_tokens(config)))
+
+
+def shaping_tokens(config: ChatGLMConfig) -> tuple[Optional[int], ...]:
+    """The ids of <sop>, [gMASK], [MASK] and <pad>; a configuration may have no <pad>."""
+    return config.bos_token_id, config.gmask_token_id, config.mask_token_id, config.pad_token_id
 
 
 def position_ids_between(geometry: Geometry, start, new_tokens: int, two_dimensional: bool) -> Tensor:
@@ -164,24 +193,27 @@ def continued_position_ids(position_ids: Tensor, start, new_tokens: int) -> Tens
     return position_ids[..., -1:] + moves * steps
 
 
-def visible_keys(geometry: Optional[Geometry], attention_mask, start, new_tokens: int, total: int) -> Tensor:
-    """Which of `total` keys the tokens start ... start + new_tokens - 1 may read: [B or 1, 1, S, total] bool.
+def hidden_keys(
+    geometry: Optional[Geometry], attention_mask: Optional[Tensor], start, new_tokens: int, total: int, device
+) -> Tensor:
+    """Which of `total` keys the tokens start ... start + new_tokens - 1 may not read: [B or 1, 1, S, total] bool, as
+    the official masks are.
 
     The context is read in both directions only where it is all new (`start` is 0): cached tokens cannot be changed.
-    A token always reads itself, or rows of padding would have nothing to read.
+    What `attention_mask` [B, n] marks with 0 is hidden, cached or not; without one, padding is. A token always reads
+    itself, or rows of padding would have nothing to read.
     """
-    device = attention_mask.device if geometry is None else geometry.padding.device
     key = torch.arange(total, device=device)
     query = (torch.arange(new_tokens, device=device) + start)[:, None]
-    visible = (key <= query)[None]
+    hidden = (key > query)[None]
     if isinstance(start, int) and start == 0:
-        visible = visible | (key < geometry.context_length)[:, None]
+        hidden = hidden & (key >= geometry.context_length)[:, None]
     if attention_mask is not None:
-        shown = F.pad(attention_mask.bool(), (0, total - attention_mask.shape[1]), value=True)
-        visible = visible & shown[:, None]
+        masked = F.pad(attention_mask == 0, (0, total - attention_mask.shape[1]), value=False)
+        hidden = hidden | masked[:, None]
     elif geometry is not None:
-        visible = visible & (key >= geometry.padding)[:, None]
-    return (visible | (key == query))[:, None]
+        hidden = hidden | (key < geometry.padding)[:, None]
+    return (hidden & (key != query))[:, None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -376,6 +408,41 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         custom_object_save(self, save_directory, config=self.config)
         return None
 
+    @property
+    def position_encoding_2d(self) -> bool:
+        return self.config.position_encoding_2d
+
+    def get_masks(self, input_ids: Tensor, device) -> Tensor:
+        """The official mask of whole sequences, as `forward` derives it: [B, 1, S, S] bool, True for hidden.
+
+        Raises:
+            ValueError: a row without <sop>.
+        """
+        kinds = TokenKinds.of_ids(input_ids.to(device), self.config)
+        geometry = find_geometry(kinds._replace(gmask=kinds.sop), None)  # what the answer fills doesn't matter here
+        return hidden_keys(geometry, None, 0, input_ids.shape[1], input_ids.shape[1], geometry.padding.device)
+
+    def get_position_ids(self, input_ids: Tensor, mask_positions, device, use_gmasks=None) -> Tensor:
+        """Positions of whole sequences, as `forward` derives them, but with the places that the answers fill given.
+
+        Args:
+            mask_positions: for each row the index of its [MASK] or [gMASK].
+            use_gmasks: for each row whether that is a [gMASK]; only 1-D models ask. None: none is.
+
+        Returns:
+            [B, 2, S]; [B, S] for 1-D models.
+
+        Raises:
+            ValueError: a row without <sop>.
+        """
+        kinds = TokenKinds.of_ids(input_ids.to(device), self.config)
+        places = torch.as_tensor(mask_positions, device=device).view(-1, 1)
+        is_gmask = torch.as_tensor([False] if use_gmasks is None else use_gmasks, device=device).view(-1, 1)
+        found = torch.arange(input_ids.shape[1], device=device) == places
+        geometry = find_geometry(kinds._replace(gmask=found & is_gmask, mask=found & ~is_gmask), None)
+        positions = position_ids_between(geometry, 0, input_ids.shape[1], self.position_encoding_2d)
+        return positions if self.position_encoding_2d else positions[:, 0]
+
     def _init_weights(self, module: nn.Module) -> None:
         # nn.init functions, not .data: transformers 5 guards those, so that loaded tensors are not overwritten.
         if isinstance(module, (QuantizedLinear, QuantizedEmbedding)):
@@ -518,7 +585,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
-        return output if return_dict is not False else output.to_tuple()
+        return output if return_dict or (return_dict is None and self.config.return_dict) else output.to_tuple()
 
     def _run_blocks(self, hidden: Tensor, rotary, visible, past: Past, output_attentions: bool):
         """The embeddings and the output of each block, the last one after the final LayerNorm; attention weights."""
@@ -559,12 +626,14 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
     def _place(self, input_ids, hidden, position_ids, attention_mask, cache, seen) -> tuple[Tensor, Optional[Tensor]]:
         """Positions [B, R, S] of the new tokens, and the keys that they may read, [B, 1, S, K] or None for all."""
-        S = hidden.shape[1]
-        legacy_mask = attention_mask is not None and attention_mask.dim() == 4
-        geometry = getattr(cache, "geometry", None)
-        if isinstance(seen, int) and seen == 0 and (position_ids is None or not legacy_mask):
-            padding_mask = None if legacy_mask else attention_mask
-            geometry = find_geometry(self._kinds(input_ids, hidden), padding_mask)
+        (B, S), slots = hidden.shape[:2], fixed_length(cache)
+        keys = seen + S if slots is None else slots - self.prefix_length
+        if attention_mask is not None and not is_tracing():
+            check_mask(attention_mask, B, S, seen + S, keys)
+        official = attention_mask is not None and attention_mask.dim() == 4
+        geometry, first = getattr(cache, "geometry", None), isinstance(seen, int) and seen == 0
+        if first and (position_ids is None or not official):
+            geometry = find_geometry(self._kinds(input_ids, hidden), None if official else attention_mask)
             if cache is not None:
                 cache.geometry = geometry
         if position_ids is not None:
@@ -581,26 +650,14 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
                 f"the text is longer than the {self.config.max_sequence_length} tokens that the model was trained "
                 "for: answers may get worse"
             )
-        if legacy_mask:
+        if official:
             visible = ~attention_mask[:, :, -S:].bool()
             visible = visible | ~visible.any(dim=-1, keepdim=True)  # a row of padding reads all, as in the original
+        elif S == 1 and slots is None and not first and not hides_any(geometry, attention_mask):
+            return position_ids, None
         else:
-            visible = self._visible(geometry, attention_mask, cache, seen, S)
-        if visible is not None and self.prefix_length:
-            visible = F.pad(visible, (self.prefix_length, 0), value=True)
-        return position_ids, visible
-
-    def _visible(self, geometry, attention_mask, cache, seen, new_tokens: int) -> Optional[Tensor]:
-        slots = fixed_length(cache)
-        if new_tokens == 1 and slots is None and not (isinstance(seen, int) and seen == 0):
-            if attention_mask is None and (geometry is None or not geometry.is_padded):
-                return None
-            if geometry is not None and not geometry.is_padded:
-                return None
-        if geometry is None and attention_mask is None:
-            attention_mask = torch.ones(1, 1, dtype=torch.bool, device=self.device)
-        total = seen + new_tokens if slots is None else slots - self.prefix_length
-        return visible_keys(geometry, attention_mask, seen, new_tokens, total)
+            visible = ~hidden_keys(geometry, attention_mask, seen, S, keys, hidden.device)
+        return position_ids, F.pad(visible, (self.prefix_length, 0), value=True)
 
     def _kinds(self, input_ids: Optional[Tensor], hidden: Tensor) -> TokenKinds:
         if input_ids is not None:
@@ -688,11 +745,13 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
 
         Args:
             labels: [B, S], -100 where no loss is wanted; the model shifts them.
-            logits_to_keep: how many last positions (or which ones) get logits; 0 for all.
+            logits_to_keep: how many last positions (or which ones) get logits; 0 for all, as labels need them.
 
         Returns:
             loss, the mean cross entropy in float32, cast to the model's dtype; logits [B, kept, V].
         """
+        if labels is not None:
+            check_labels(labels, input_ids if inputs_embeds is None else inputs_embeds, logits_to_keep)
         output = self.transformer(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -717,7 +776,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
-        return output if return_dict is not False else output.to_tuple()
+        return output if return_dict or (return_dict is None and self.config.return_dict) else output.to_tuple()
 
     # --- hooks of transformers' generate, checked on every rung of the ladder -------------------------------------
 
@@ -773,7 +832,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
                     f"the static cache has room for {slots} tokens beside the P-tuning prefix, the text has {total}: "
                     "pass a StaticCache with max_cache_len = max_length + pre_seq_len"
                 )
-            inputs["attention_mask"] = ~visible_keys(geometry, attention_mask, seen, new_tokens, slots)
+            inputs["attention_mask"] = hidden_keys(geometry, attention_mask, seen, new_tokens, slots, input_ids.device)
         return {"input_ids": input_ids[:, -new_tokens:].contiguous(), "position_ids": position_ids, **inputs}
 
     def _cached_geometry(self, cache, input_ids: Tensor, attention_mask, seen: int) -> Geometry:
@@ -828,6 +887,19 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
     def quantize(self, bits: int, group_size: int = 0, quantize_head: Union[bool, int] = False, **kwargs):
         """Replaces the linear layers by INT8 or INT4 ones, in place; see quantization.quantize_model."""
         return quantize_model(self, bits, group_size=group_size, quantize_head=quantize_head, **kwargs)
+
+
+def check_labels(labels: Tensor, inputs: Optional[Tensor], logits_to_keep: Union[int, Tensor]) -> None:
+    if torch.is_tensor(logits_to_keep) or logits_to_keep:
+        raise ValueError(
+            f"labels with logits_to_keep = {logits_to_keep!r}: a loss needs the logits of all positions; give one of "
+            "the two"
+        )
+    if inputs is not None and labels.shape != inputs.shape[:2]:
+        raise ValueError(
+            f"labels of shape {tuple(labels.shape)} for an input of {tuple(inputs.shape[:2])}: give one label a "
+            "token, -100 where no loss is wanted; the model shifts them"
+        )
 
 
 def shifted_cross_entropy(logits: Tensor, labels: Tensor, num_items: Optional[int] = None) -> Tensor:
