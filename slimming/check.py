@@ -25,7 +25,7 @@ from slimming.plan import Options
 IMAGE_ROWS = 20_000  # in front of the text rows of embedding and head in the first releases
 SPELLED_LATER = 344  # pieces that the first release's SentencePiece file lacks
 PUBLISHED_ROWS = 150528  # of the first release, for adapters and prefixes that come without a tokenizer
-BLOCK_BYTES = 1 << 25
+BLOCK_BYTES = 1 << 23
 EMBEDDING, HEAD = "transformer.word_embeddings.weight", "lm_head.weight"
 MATRIX = re.compile(r"\.(attention\.(query_key_value|dense)|mlp\.(dense_h_to_4h|dense_4h_to_h))\.weight")
 DTYPES = {"BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"}
@@ -112,8 +112,11 @@ def pickled_of(path: Path) -> Iterator[Stored]:
         yield Stored(name, tuple(tensor.shape), tensor.dtype, path.name, rows, lambda tensor=tensor: tensor)
 
 
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+def read_json(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise Difference(f"{path.name} is no JSON object but a {type(content).__name__}")
+    return content
 
 
 # ------------------------------------------------------------------------------------------------------- the source
@@ -201,16 +204,15 @@ def image_rows(config: dict, rows: int, processor: Any) -> int:
 def recorded_rows(output: Path, rows: int, offset: int) -> Tensor:
     """The rows that a trimmed output says it kept: ascending, text rows of the source, each once."""
     record = read_json(output / "vocabulary_map.json")
-    numbers = [number for run in record["kept_runs"] for number in run]
-    kept = torch.cat([torch.arange(begin, end) for begin, end in record["kept_runs"]])
-    ascending = all(a < b for a, b in zip(numbers[::2], numbers[1::2])) and bool((kept.diff() > 0).all())
-    if not ascending or int(kept[0]) < offset or int(kept[-1]) >= rows:
-        raise Difference(f"vocabulary_map.json: kept_runs are no ascending rows from {offset} to {rows - 1}")
-    for name, value in {"source_rows": rows, "rows": len(kept)}.items():
-        if record.get(name) != value:
-            raise Difference(f"vocabulary_map.json: {name} is {record.get(name)}, expected {value}")
-    if set(record) != {"source_rows", "rows", "kept_runs"}:
-        raise Difference(f"vocabulary_map.json: fields {sorted(record)}, expected source_rows, rows, kept_runs")
+    bounds = [number for run in record.get("kept_runs", ()) for number in run]
+    ascending = all(type(number) is int for number in bounds) and bounds == sorted(set(bounds))
+    if not bounds or len(bounds) % 2 or not ascending or bounds[0] < offset or bounds[-1] > rows:
+        raise Difference(f"vocabulary_map.json: kept_runs are no ascending runs of rows from {offset} to {rows - 1}")
+    kept = torch.cat([torch.arange(begin, end) for begin, end in zip(bounds[::2], bounds[1::2])])
+    expected = {"source_rows": rows, "rows": len(kept), "kept_runs": record["kept_runs"]}
+    for name in sorted({*record, *expected}):
+        if record.get(name) != expected.get(name):
+            raise Difference(f"vocabulary_map.json: {name} is {record.get(name)}, expected {expected.get(name)}")
     return kept
 
 

@@ -135,8 +135,9 @@ def weight_names(case: Case, output: Path, names: set[str]) -> set[str]:
         for tensor, size in judge_format(output / shard).items():
             places[tensor] = shard
             nbytes += size
-    for tensor in sorted(places.keys() | index["weight_map"].keys()):
-        says, holds = index["weight_map"].get(tensor), places.get(tensor)
+    weight_map = dict(index["weight_map"])
+    for tensor in sorted({*places, *weight_map}):
+        says, holds = weight_map.get(tensor), places.get(tensor)
         if says != holds:
             raise Difference(f"{index_name} says {tensor} is in {says}, it is in {holds}")
     if index.get("metadata") != {"total_size": nbytes} or set(index) != {"metadata", "weight_map"}:
