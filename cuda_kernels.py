@@ -47,6 +47,8 @@ struct Matrix {
 };
 enum ScaleType { HALF_SCALE, BFLOAT16_SCALE, FLOAT_SCALE };
 
+#define UNROLL _Pragma("unroll")  // before loops over arrays that have to live in registers
+
 // ---- 1. Element types: 16 bits of storage, arithmetic in float -----------------------------------------------------
 
 struct half { unsigned short bits; };
@@ -92,26 +94,21 @@ template <class T> __device__ __forceinline__ float rounded(float value) {
 // word by shifts, of which one folds into bfloat16's own.
 __device__ __forceinline__ void load8(const float *p, float *values) {
     alignas(16) float elements[8];
-    #pragma unroll
-    for (int i = 0; i < 2; ++i) ((uint4 *)elements)[i] = ((const uint4 *)p)[i];
-    #pragma unroll
-    for (int i = 0; i < 8; ++i) values[i] = elements[i];
+    UNROLL for (int i = 0; i < 2; ++i) ((uint4 *)elements)[i] = ((const uint4 *)p)[i];
+    UNROLL for (int i = 0; i < 8; ++i) values[i] = elements[i];
 }
 template <class T> __device__ __forceinline__ void load8(const T *p, float *values) {
     alignas(16) unsigned words[4];
     *(uint4 *)words = *(const uint4 *)p;
-    #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    UNROLL for (int i = 0; i < 8; ++i) {
         const T element = {(unsigned short)(words[i / 2] >> 16 * (i % 2))};
         values[i] = load(&element);
     }
 }
 template <class T> __device__ __forceinline__ void store8(T *p, const float *values) {
     alignas(16) T elements[8];
-    #pragma unroll
-    for (int i = 0; i < 8; ++i) store(elements + i, values[i]);
-    #pragma unroll
-    for (int i = 0; i < sizeof(T) / 2; ++i) ((uint4 *)p)[i] = ((const uint4 *)elements)[i];
+    UNROLL for (int i = 0; i < 8; ++i) store(elements + i, values[i]);
+    UNROLL for (int i = 0; i < sizeof(T) / 2; ++i) ((uint4 *)p)[i] = ((const uint4 *)elements)[i];
 }
 
 // ---- 2. Weights ----------------------------------------------------------------------------------------------------
@@ -122,8 +119,7 @@ template <class T> __device__ __forceinline__ void store8(T *p, const float *val
 template <int BITS> __device__ __forceinline__ void unpack8(const unsigned *words, float *values);
 
 template <> __device__ __forceinline__ void unpack8<8>(const unsigned *words, float *values) {
-    #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    UNROLL for (int i = 0; i < 8; ++i) {
         const unsigned flipped = words[i / 4] ^ 0x80808080u;
         const unsigned selector = 0x7540u + i % 4;  // lowest byte: byte i of the word; above it the bytes 00 00 4B
         values[i] = __uint_as_float(__byte_perm(flipped, 0x4B000000u, selector)) - (8388608.f + 128.f);
@@ -132,8 +128,7 @@ template <> __device__ __forceinline__ void unpack8<8>(const unsigned *words, fl
 // A nibble that starts at mantissa bit b fits the float 2^(23-b) instead, so that five of eight need no shift.
 template <> __device__ __forceinline__ void unpack8<4>(const unsigned *words, float *values) {
     const unsigned flipped = words[0] ^ 0x88888888u;
-    #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    UNROLL for (int i = 0; i < 8; ++i) {
         const int nibble = i ^ 1;  // the even column is in the high nibble
         const unsigned word = nibble < 5 ? flipped : flipped >> 20;
         const int bit = 4 * (nibble < 5 ? nibble : nibble - 5);
@@ -162,8 +157,7 @@ template <class T> __device__ __forceinline__ float scaleAt(const Matrix &w, int
 enum { LINEAR_THREADS = 128, WARP_ROWS = 2 };
 
 __device__ __forceinline__ float warpSum(float sum) {
-    #pragma unroll
-    for (int distance = 16; distance; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+    UNROLL for (int distance = 16; distance; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
     return sum;
 }
 
@@ -178,43 +172,32 @@ __device__ __forceinline__ void linear(const Matrix &w, const T *x, T *y, int m)
     if (firstRow >= w.rows) return;  // the whole warp, so that the shuffles below have all their lanes
 
     int rows[WARP_ROWS];  // past the end: the last row once more, computed and thrown away
-    #pragma unroll
-    for (int r = 0; r < WARP_ROWS; ++r) rows[r] = min(firstRow + r, w.rows - 1);
+    UNROLL for (int r = 0; r < WARP_ROWS; ++r) rows[r] = min(firstRow + r, w.rows - 1);
 
     float sums[WARP_ROWS][TILE] = {};
     for (int column = lane * CHUNK; column < w.columns; column += 32 * CHUNK) {
         alignas(16) unsigned words[WARP_ROWS][4];
-        #pragma unroll
-        for (int r = 0; r < WARP_ROWS; ++r)
+        UNROLL for (int r = 0; r < WARP_ROWS; ++r)
             *(uint4 *)words[r] = *(const uint4 *)(packedRow<BITS>(w, rows[r]) + column / (8 / BITS));
         float parts[WARP_ROWS][TILE] = {};
-        #pragma unroll
-        for (int i = 0; i < CHUNK; i += 8) {
+        UNROLL for (int i = 0; i < CHUNK; i += 8) {
             float weights[WARP_ROWS][8];
-            #pragma unroll
-            for (int r = 0; r < WARP_ROWS; ++r) unpack8<BITS>(words[r] + i * BITS / 32, weights[r]);
-            #pragma unroll
-            for (int t = 0; t < TILE; ++t) {
+            UNROLL for (int r = 0; r < WARP_ROWS; ++r) unpack8<BITS>(words[r] + i * BITS / 32, weights[r]);
+            UNROLL for (int t = 0; t < TILE; ++t) {
                 float activations[8];
                 load8(x + min(firstX + t, m - 1) * w.columns + column + i, activations);
-                #pragma unroll
-                for (int r = 0; r < WARP_ROWS; ++r)
-                    #pragma unroll
-                    for (int e = 0; e < 8; ++e) parts[r][t] += weights[r][e] * activations[e];
+                UNROLL for (int r = 0; r < WARP_ROWS; ++r)
+                    UNROLL for (int e = 0; e < 8; ++e) parts[r][t] += weights[r][e] * activations[e];
             }
         }
-        #pragma unroll
-        for (int r = 0; r < WARP_ROWS; ++r) {
+        UNROLL for (int r = 0; r < WARP_ROWS; ++r) {
             const float scale = scaleAt<T>(w, rows[r], column);
-            #pragma unroll
-            for (int t = 0; t < TILE; ++t) sums[r][t] += scale * parts[r][t];
+            UNROLL for (int t = 0; t < TILE; ++t) sums[r][t] += scale * parts[r][t];
         }
     }
 
-    #pragma unroll
-    for (int r = 0; r < WARP_ROWS; ++r)
-        #pragma unroll
-        for (int t = 0; t < TILE; ++t) {
+    UNROLL for (int r = 0; r < WARP_ROWS; ++r)
+        UNROLL for (int t = 0; t < TILE; ++t) {
             const float sum = warpSum(sums[r][t]);
             if (lane == 0 && firstRow + r < w.rows && firstX + t < m)
                 store(y + (long long)(firstX + t) * w.rows + firstRow + r, sum);
@@ -230,13 +213,11 @@ template <class T, int BITS> __device__ __forceinline__ void dequantize(const Ma
     out += (long long)row * w.columns;
     for (int column = threadIdx.x * 8; column < w.columns; column += blockDim.x * 8) {
         unsigned words[BITS / 4];
-        #pragma unroll
-        for (int i = 0; i < BITS / 4; ++i) words[i] = ((const unsigned *)(packed + column / (8 / BITS)))[i];
+        UNROLL for (int i = 0; i < BITS / 4; ++i) words[i] = ((const unsigned *)(packed + column / (8 / BITS)))[i];
         float values[8];
         unpack8<BITS>(words, values);
         const float scale = scaleAt<T>(w, row, column);
-        #pragma unroll
-        for (int i = 0; i < 8; ++i) values[i] *= scale;
+        UNROLL for (int i = 0; i < 8; ++i) values[i] *= scale;
         store8(out + column, values);
     }
 }
@@ -247,12 +228,11 @@ enum { QUANTIZE_THREADS = 256 };
 
 __device__ __forceinline__ unsigned blockMax(unsigned value) {
     __shared__ unsigned warpMax[QUANTIZE_THREADS / 32];
-    #pragma unroll
-    for (int distance = 16; distance; distance /= 2) value = max(value, __shfl_xor_sync(0xffffffffu, value, distance));
+    UNROLL for (int distance = 16; distance; distance /= 2)
+        value = max(value, __shfl_xor_sync(0xffffffffu, value, distance));
     if (threadIdx.x % 32 == 0) warpMax[threadIdx.x / 32] = value;
     __syncthreads();
-    #pragma unroll
-    for (int i = 0; i < QUANTIZE_THREADS / 32; ++i) value = max(value, warpMax[i]);
+    UNROLL for (int i = 0; i < QUANTIZE_THREADS / 32; ++i) value = max(value, warpMax[i]);
     return value;
 }
 
@@ -389,15 +369,8 @@ def quantize(weight: Tensor, bits: int) -> tuple[Tensor, Tensor] | None:
 class _Matrix(ctypes.Structure):
     """struct Matrix of SOURCE: one argument for all of a matrix, which the launch of every product can share."""
 
-    _fields_ = [
-        ("packed", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("scale_type", ctypes.c_int32),
-        ("rows", ctypes.c_int32),
-        ("columns", ctypes.c_int32),
-        ("groups", ctypes.c_int32),
-        ("group_shift", ctypes.c_int32),
-    ]
+    _fields_ = [("packed", ctypes.c_void_p), ("scale", ctypes.c_void_p)]
+    _fields_ += [(name, ctypes.c_int32) for name in ("scale_type", "rows", "columns", "groups", "group_shift")]
 
 
 def _describe(weight: Tensor, scale: Tensor, bits: int) -> _Matrix | None:
@@ -450,25 +423,23 @@ class _Kernels:
         tile = 1 if x.shape[0] == 1 else 4
         blocks = -(-matrix.rows // _LINEAR_ROWS) * -(-x.shape[0] // tile)
         name = f"linear{bits}_{_ELEMENTS[x.dtype]}_{tile}"
-        self._launch(name, blocks, _LINEAR_THREADS, matrix, _pointer(x), _pointer(y), ctypes.c_int32(x.shape[0]))
+        self._launch(name, blocks, _LINEAR_THREADS, matrix, x, y, ctypes.c_int32(x.shape[0]))
 
     def dequantize(self, matrix: _Matrix, bits: int, out: Tensor) -> None:
-        self._launch(f"dequantize{bits}_{_ELEMENTS[out.dtype]}", matrix.rows, _ROW_THREADS, matrix, _pointer(out))
+        self._launch(f"dequantize{bits}_{_ELEMENTS[out.dtype]}", matrix.rows, _ROW_THREADS, matrix, out)
 
     def quantize(self, weight: Tensor, bits: int, packed: Tensor, scale: Tensor) -> None:
         rows, columns = weight.shape
-        arguments = _pointer(weight), _pointer(packed), _pointer(scale), ctypes.c_int32(columns)
-        self._launch(f"quantize{bits}_{_ELEMENTS[weight.dtype]}", rows, _ROW_THREADS, *arguments)
+        name = f"quantize{bits}_{_ELEMENTS[weight.dtype]}"
+        self._launch(name, rows, _ROW_THREADS, weight, packed, scale, ctypes.c_int32(columns))
 
-    def _launch(self, name: str, blocks: int, threads: int, *arguments) -> None:
-        if blocks:  # a matrix without elements needs no launch, and CUDA refuses an empty one
-            with _on(self._device):
-                self._set_device(self._device.index or 0)  # cpm_kernels may use another copy of the runtime than torch
-                self._function(name)((blocks, 1, 1), (threads, 1, 1), 0, _stream(self._device), arguments)
-
-
-def _pointer(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+    def _launch(self, name: str, blocks: int, threads: int, *arguments: Tensor | ctypes.Structure | ctypes.c_int32):
+        if not blocks:  # a matrix without elements needs no launch, and CUDA refuses an empty one
+            return
+        values = [ctypes.c_void_p(item.data_ptr()) if isinstance(item, Tensor) else item for item in arguments]
+        with _on(self._device):
+            self._set_device(self._device.index or 0)  # cpm_kernels may use another copy of the runtime than torch
+            self._function(name)((blocks, 1, 1), (threads, 1, 1), 0, _stream(self._device), values)
 
 
 # The four questions put to torch.cuda; the tests answer them for the emulated device.

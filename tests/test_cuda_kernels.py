@@ -458,7 +458,7 @@ def test_transformers_loads_the_file_where_cpm_kernels_is_absent(monkeypatch):
 
 
 FIRST_USE = """
-import builtins, ctypes.util, importlib, os, sys, threading, warnings
+import builtins, ctypes.util, importlib, os, sys, threading, time, warnings
 sys.path.insert(0, os.environ["TESTS"])
 import conftest, torch
 from chatglm_slim import cuda_kernels, quantization
@@ -485,6 +485,7 @@ def look(event, arguments):
 
 def watch():
     while looking:
+        time.sleep(1e-4)
         if state() != before:
             os._exit(4)
 
