@@ -31,11 +31,11 @@ SUITES = [
     "modeling",
     "chat",
     "quantization",
-    "cpu_attention",
+    "decode",
     "huge_pages",
-    "cpu_decode",
-    "cpu_int4pack",
     "cuda_kernels",
+    "kernels_of_torch",
+    "long_prompts",
 ]
 AT_ONCE = 2
 REPORTS = Path(".nox") / "reports"

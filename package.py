@@ -52,7 +52,10 @@ def copy_package(folder: Path) -> list[str]:
 
 
 def package_module(name: str) -> types.ModuleType:
-    """A file of the package, which imports its neighbours relatively, as a module of a package."""
+    """A file of the package, which imports its neighbours relatively, as a module of a package; and where chatglm_cpu
+    is not installed, it is found in this clone."""
+    if str(ROOT / "cpu") not in sys.path:
+        sys.path.append(str(ROOT / "cpu"))
     if "chatglm_slim" not in sys.modules:
         package = types.ModuleType("chatglm_slim")
         package.__path__ = [str(ROOT)]

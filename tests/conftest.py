@@ -15,7 +15,24 @@ ROOT = Path(__file__).resolve().parents[1]
 package = types.ModuleType("chatglm_slim")
 package.__path__ = [str(ROOT)]
 sys.modules["chatglm_slim"] = package
-sys.path.insert(0, str(ROOT))  # for the scripts: slim, train_tiny, cli_chat
+sys.path[:0] = [str(ROOT), str(ROOT / "cpu")]  # for the scripts: slim, train_tiny, cli_chat; and chatglm_cpu
+
+
+class NoKernels:
+    """An engine that serves nothing."""
+
+    def __getattr__(self, name):
+        return lambda *arguments: None
+
+
+@pytest.fixture
+def no_kernels(monkeypatch):
+    """An engine without kernels in place of chatglm_cpu; give it functions by setting attributes."""
+    from chatglm_slim import kernel_routes
+
+    engine = NoKernels()
+    monkeypatch.setattr(kernel_routes, "engine", lambda: engine)
+    return engine
 
 
 @pytest.fixture(scope="session")

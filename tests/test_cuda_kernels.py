@@ -374,15 +374,14 @@ def test_what_is_compressed_and_extracted_is_the_weight_within_a_rounding_step(k
 
 
 @pytest.fixture
-def seam_on_cpu(kernels, monkeypatch):
-    """quantization.py's seam sends tensors of the CPU, too, to the kernels."""
+def seam_on_cpu(kernels, no_kernels):
+    """The seam of kernel_routes.py sends tensors of the CPU, too, to the kernels."""
 
     def linear(x, weight, scale, bits, bias=None, int8_activations=False):
         y = None if bits == 16 else cuda_kernels.linear(x, weight, scale, bits)
         return y if y is None or bias is None else y.add_(bias)
 
-    monkeypatch.setattr(quantization, "cpu_linear", linear)
-    monkeypatch.setattr(quantization, "cpu_dequantize", cuda_kernels.dequantize)
+    no_kernels.linear, no_kernels.dequantize = linear, cuda_kernels.dequantize
 
 
 @needs_compilers

@@ -6,11 +6,10 @@ import shutil
 
 import pytest
 import torch
-from chatglm_slim import quantization
+from chatglm_slim import kernel_routes
 from chatglm_slim.configuration_chatglm import ChatGLMConfig
 from chatglm_slim.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_slim.quantization import (
-    Linear,
     QuantizedEmbedding,
     QuantizedLinear,
     dequantize_weight,
@@ -23,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rounding import assert_as_near, exact, roundings
 from safetensors.torch import load_file, save_file
+from torch.nn import Linear
 
 MATRICES = ["edge_9x8", "float_16x32", "half_5x6", "half_64x96", "half_8x16"]
 
@@ -43,7 +43,7 @@ def test_values_scales_and_products_equal_the_original_bit_for_bit(figures, name
     assert torch.equal(dequantize_weight(weight, scale, bits, torch.float16), golden["dequant_half"])
     assert torch.equal(dequantize_weight(weight, scale.float(), bits, torch.float32), golden["dequant_float"])
     x, exact_weight = figures[f"{name}.x"].double(), golden["dequant_half"].double()
-    y = quantization.product(x.float(), exact_weight.float(), None, 16)
+    y = torch.nn.functional.linear(x.float(), exact_weight.float())
     error = (y - golden["y_float_from_dequant_half"]).abs()
     rounding = 2 * x.shape[1] * 2.0**-24 * (x.abs() @ exact_weight.abs().T)  # of a sum in any order, on both sides
     assert torch.equal(y.isnan(), golden["y_float_from_dequant_half"].isnan())
@@ -212,7 +212,7 @@ def test_quantize_is_idempotent_and_refuses_a_second_format(config):
         ChatGLMForConditionalGeneration(plain).quantize(5)
 
 
-def test_activations_are_quantized_on_request_only_and_the_switch_is_saved(config, tmp_path, monkeypatch):
+def test_activations_are_quantized_on_request_only_and_the_switch_is_saved(config, tmp_path, no_kernels):
     config.hidden_size, config.inner_hidden_size = 128, 256
     model = ChatGLMForConditionalGeneration(config).eval()
     asked = []
@@ -220,7 +220,7 @@ def test_activations_are_quantized_on_request_only_and_the_switch_is_saved(confi
     def asked_for(x, weight, scale, bits, bias=None, int8_activations=False):
         asked.append(int8_activations)
 
-    monkeypatch.setattr(quantization, "cpu_linear", asked_for)
+    no_kernels.linear = asked_for
 
     def wishes(model):
         asked.clear()
@@ -264,7 +264,7 @@ def test_conversion_before_and_after_quantization_agree(config, convert):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 40])
 def test_a_bias_alone_can_be_trained(dtype, rows):
-    for layer in (quantization.Linear(128, 128).to(dtype), QuantizedLinear.from_linear(torch.nn.Linear(128, 128), 8)):
+    for layer in (Linear(128, 128).to(dtype), QuantizedLinear.from_linear(torch.nn.Linear(128, 128), 8)):
         layer.requires_grad_(False).bias.requires_grad_()
         layer(torch.randn(rows, 128).to(layer.bias.dtype)).float().sum().backward()
         assert torch.equal(layer.bias.grad, torch.full_like(layer.bias, rows))
@@ -322,16 +322,24 @@ def test_only_the_linear_layers_of_blocks_are_replaced(config):
 
 
 @pytest.mark.parametrize("bits", [8, 16])
-def test_strided_rows_of_a_batch_reach_kernel_and_plain_pytorch_alike(monkeypatch, bits):
+def test_strided_rows_of_a_batch_reach_kernel_and_plain_pytorch_alike(no_kernels, bits):
     """The last position of a padded batch, as prefill gives it to the head, is not contiguous."""
     weight = torch.randn(64, 128).half()
     weight, scale = (weight, None) if bits == 16 else quantize_weight(weight, bits)
     last = torch.randn(3, 5, 128).half()[:, -1:]
     contiguous = []
-    monkeypatch.setattr(quantization, "cpu_linear", lambda x, *rest: contiguous.append(x.is_contiguous()))
-    y = quantization.product(last, weight, scale, bits)
+    no_kernels.linear = lambda x, *rest: contiguous.append(x.is_contiguous())
+
+    def product(x):
+        if bits == 8:
+            return kernel_routes.product(x, weight, scale, bits)
+        layer = Linear(128, 64, bias=False).half()
+        layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+        return kernel_routes.linear(layer, x)
+
+    y = product(last)
     assert contiguous == [True] and y.shape == (3, 1, 64)
-    torch.testing.assert_close(y, torch.cat([quantization.product(row[None], weight, scale, bits) for row in last]))
+    torch.testing.assert_close(y, torch.cat([product(row[None]) for row in last]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -352,18 +360,11 @@ def test_whole_model_through_kernels_equals_plain_pytorch(config, monkeypatch, d
         step = model(IDS[:, -1:], past_key_values=output.past_key_values)
         return torch.cat((output.logits, step.logits), dim=1)
 
-    served, kernel = [], quantization.cpu_linear
-
-    def counted(*arguments):
-        y = kernel(*arguments)
-        served.append(y is not None)
-        return y
-
-    monkeypatch.setattr(quantization, "cpu_linear", counted)
     through_kernels = logits()
-    if not any(served):
-        pytest.skip("no CPU kernel serves this type here (float32 needs none; the others need llvmlite)")
-    monkeypatch.setattr(quantization, "cpu_linear", lambda *arguments: None)
+    no_kernels = type("NoKernels", (), {"__getattr__": lambda self, name: lambda *arguments: None})()
+    monkeypatch.setattr(kernel_routes, "engine", lambda: no_kernels)
+    monkeypatch.setattr(kernel_routes, "INT8_ROWS", 0)
+    monkeypatch.setattr(kernel_routes, "INT4_ROWS", 0)
     plain = logits()
     assert plain.abs().max() > 0.5
     assert_as_near(through_kernels, plain, exact(model, IDS).logits, roundings(config))

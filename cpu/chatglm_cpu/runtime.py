@@ -15,14 +15,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .cpu_kernel_ir import INTRINSICS, TILE, Arguments, Emitter, Variant
-from .cpu_product_ir import PRODUCTS
-from .cpu_step_ir import STEPS
+from .ir import INTRINSICS, TILE, Arguments, Emitter, Variant
+from .products import PRODUCTS
+from .steps import STEPS
 
 IR_TYPES = {torch.float32: "float", torch.bfloat16: "bfloat", torch.float16: "half"}
 
 # Runs a new kernel on a small problem: its result, the exact one in float64, and the bound for their difference.
 Trial = Callable[[Variant, int], tuple[Tensor, Tensor, Tensor]]
+
+UNUSABLE = (
+    "chatglm_cpu: the compiled kernels are not used and PyTorch's slower ones serve, since llvmlite does not: "
+    "`pip install --upgrade --force-reinstall 'llvmlite>=0.45'` brings them back"
+)
 
 _lock = threading.RLock()
 _compiled: dict[Variant, tuple | None] = {}  # (address, engine that owns the code), or None for a kernel that failed
@@ -33,7 +38,8 @@ _machine: dict[str, object] = {}  # what was found out about this machine
 
 
 def instruction_set() -> str:
-    """avx512_bf16, avx512 or avx2; "" where there is no llvmlite or the CPU has no fused multiply-add."""
+    """avx512_bf16, avx512 or avx2; "" where llvmlite does not work, with a warning, and where the CPU has no fused
+    multiply-add."""
     if "isa" not in _machine:
         _machine["isa"] = _find_instruction_set()
     return _machine["isa"]
@@ -42,14 +48,12 @@ def instruction_set() -> str:
 def _find_instruction_set() -> str:
     try:
         import llvmlite.binding as llvm
-    except ImportError:
-        return ""
-    try:
+
         llvm.parse_assembly("define void @kernel(ptr %arguments) { ret void }")
-    except RuntimeError:  # before llvmlite 0.45 pointers have types
-        warnings.warn("llvmlite is too old for the CPU kernels: pip install 'llvmlite>=0.45'", stacklevel=2)
+        has = llvm.get_host_cpu_features().get
+    except Exception as error:  # not there, its library does not load, or before 0.45, where pointers have types
+        warnings.warn(f"{UNUSABLE} ({type(error).__name__}: {error})", stacklevel=2)
         return ""
-    has = llvm.get_host_cpu_features().get
     if not (has("avx2") and has("fma") and has("f16c")):
         return ""
     if not (has("avx512f") and has("avx512bw") and has("avx512vl") and has("avx512dq")):
@@ -75,7 +79,7 @@ def _compile_and_check(variant: Variant, trial: Trial | None) -> tuple | None:
             wrong = ~((y - exact).abs() <= bound)
             if wrong.any():
                 raise RuntimeError(f"{int(wrong.sum())} of {wrong.numel()} results differ from plain PyTorch")
-    except (RuntimeError, OSError) as error:
+    except Exception as error:  # whatever LLVM or the linker say: the kernel is optional
         warnings.warn(f"the CPU kernel {variant} is not used, plain PyTorch instead: {error}", stacklevel=2)
         return None
     return kernel
@@ -95,10 +99,8 @@ def kernel_ir(variant: Variant) -> str:
 
 def _compile(variant: Variant) -> tuple:
     """(address, engine), in 20-90 ms; the code lives as long as the engine."""
-    try:
-        import llvmlite.binding as llvm
-    except ImportError as error:
-        raise RuntimeError("llvmlite is gone; `pip install llvmlite`") from error
+    import llvmlite.binding as llvm
+
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     features = llvm.get_host_cpu_features().flatten()
@@ -122,9 +124,16 @@ def run(address: int, scratch: int = 0, **arguments: Tensor | int | None) -> Non
     """Runs a kernel on torch's threads, each with `scratch` float32 of its own; the names are those of Arguments."""
     threads = torch.get_num_threads()
     memory = empty(scratch_size(threads, scratch))
+    arguments = {name: held(value) for name, value in arguments.items()}
     words = argument_words(threads, {**arguments, "scratch": aligned_address(memory)})
     words = (ctypes.c_int64 * len(words))(*words)
     launch(address, ctypes.addressof(words), threads)
+
+
+def held(value):
+    """A tensor's memory under a name of its own, so that it stays where it is while a kernel reads it: another thread
+    may give a parameter other `data` meanwhile, which counts from the next call on."""
+    return value.data if isinstance(value, Tensor) else value
 
 
 def scratch_size(threads: int, scratch: int) -> int:

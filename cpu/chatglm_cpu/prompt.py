@@ -6,15 +6,11 @@ rounds its sums to bfloat16, which is too coarse for scores; a second one brings
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-from .cpu_runtime import is_plain
+from .runtime import is_plain
 
-FEWEST_TOKENS = 256  # below, the products are too small
-MOST_THREADS = 4  # `scaled_dot_product_attention` shares out heads, this the rows of each: for few cores
 TILE = 512  # rows of scores that are computed at once: one MB of float32 for as many keys
 HIDDEN = torch.finfo(torch.float32).min  # not -inf, of which a row that sees nothing would become NaN
 
@@ -27,9 +23,9 @@ def prompt_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor 
         visible: bool, broadcastable to [B, 1, S, K]; None means everything. What a row that sees nothing gets is 0.
 
     Returns:
-        [B, H, S, D], or None where this is no gain.
+        [B, H, S, D], or None where this is not served.
     """
-    if not _is_served(query, key, value, visible):
+    if not is_served(query, key, value, visible):
         return None
     batch, heads, tokens, size = query.shape
     keys = key.shape[2]
@@ -63,18 +59,11 @@ def prompt_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor 
     return context if blind is None else context.masked_fill_(blind, 0)
 
 
-def _is_served(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> bool:
+def is_served(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> bool:
     states = (query, key, value)
-    if query.shape[2] < FEWEST_TOKENS or any(x.dtype != torch.bfloat16 or not is_plain(x) for x in states):
+    if any(x.dtype != torch.bfloat16 or not is_plain(x) for x in states):
         return False
     if visible is not None and visible.dim() > 3 and visible.shape[-3] > 1:  # another mask for each head
         return False
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in states)
-    return not trained and torch.get_num_threads() <= MOST_THREADS and _multiplies_bfloat16()
-
-
-@functools.cache
-def _multiplies_bfloat16() -> bool:
-    """AVX-512 with bfloat16, but not AMX, for which PyTorch's attention has products of its own."""
-    found = [getattr(torch.cpu, f"_is_{what}_supported", lambda: False)() for what in ("avx512_bf16", "amx_tile")]
-    return found == [True, False]
+    return not trained

@@ -8,33 +8,23 @@ import warnings
 
 import pytest
 import torch
-from chatglm_slim import cpu_kernels, cpu_runtime
-from chatglm_slim.cpu_kernel_ir import Variant
-from chatglm_slim.cpu_kernels import decode_attention, dequantize, instruction_set, linear
-from chatglm_slim.cpu_runtime import kernel_ir
+from chatglm_cpu import dequantize, instruction_set, kernels, linear, routes, runtime
+from chatglm_cpu.ir import Variant
+from chatglm_cpu.kernels import decode_attention
+from chatglm_cpu.runtime import kernel_ir
 
-INSTRUCTION_SETS = ("avx2", "avx512", "avx512_bf16")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDING = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 needs_kernels = pytest.mark.skipif(not instruction_set(), reason="needs llvmlite and a CPU with AVX2 and FMA")
 
 
-@pytest.fixture(params=INSTRUCTION_SETS)
-def isa(request, monkeypatch):
-    """Each instruction set up to the one of this machine."""
-    if request.param not in INSTRUCTION_SETS[: INSTRUCTION_SETS.index(instruction_set() or "avx2") + 1]:
-        pytest.skip(f"this CPU has no {request.param}")
-    monkeypatch.setitem(cpu_runtime._machine, "isa", request.param)
-    return request.param
-
-
 @pytest.fixture
 def no_llvmlite(monkeypatch):
     monkeypatch.setitem(sys.modules, "llvmlite", None)
     monkeypatch.setitem(sys.modules, "llvmlite.binding", None)
-    monkeypatch.setattr(cpu_runtime, "_machine", {})
-    monkeypatch.setattr(cpu_runtime, "_compiled", {})
+    monkeypatch.setattr(runtime, "_machine", {})
+    monkeypatch.setattr(runtime, "_compiled", {})
 
 
 def make_weight(rows, columns, bits, group=0, dtype=torch.float16, seed=0):
@@ -115,7 +105,7 @@ def test_int8_activations_give_the_exact_product_of_what_they_were_rounded_to(x_
     weight, scale, exact = make_weight(*shape, bits)
     x = make_x(rows, shape[1], x_dtype)
     x[3] = 0
-    values, scales = cpu_kernels.activations_as_int8(x, bits)
+    values, scales = kernels.activations_as_int8(x, bits)
     assert values.abs().max() == 127 and (values == values.round()).all()
     y = linear(x, weight, scale, bits, None, True)
     assert y.dtype == x_dtype
@@ -188,7 +178,7 @@ def test_any_multiple_of_128_columns(isa, columns):
 
 @needs_kernels
 def test_long_prompts_go_in_slabs(monkeypatch):
-    monkeypatch.setattr(cpu_kernels, "SLAB_ROWS", 32)
+    monkeypatch.setattr(kernels, "SLAB_ROWS", 32)
     weight, scale, exact = make_weight(64, 128, 8)
     x = make_x(75, 128, torch.float32)
     assert_close(linear(x, weight, scale, 8), x, exact)
@@ -302,23 +292,22 @@ def test_a_wrong_kernel_is_replaced_with_one_warning(monkeypatch, kind, rows):
         text = kernel_ir(variant)
         return text.replace("fmul", "fadd", 1) if variant.kind == kind else text
 
-    monkeypatch.setattr(cpu_runtime, "kernel_ir", wrong)
-    monkeypatch.setattr(cpu_runtime, "_compiled", {})
-    weight, scale, exact = make_weight(64, 256, 8)
+    monkeypatch.setattr(runtime, "kernel_ir", wrong)
+    monkeypatch.setattr(runtime, "_compiled", {})
+    weight, scale, _ = make_weight(64, 256, 8)
     x = make_x(rows, 256, torch.bfloat16)
     with pytest.warns(UserWarning, match="differ from plain PyTorch"):
         first = linear(x, weight, scale, 8)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         second = linear(x, weight, scale, 8)
-    assert torch.equal(first, second)
-    assert_close(second, x, exact, extra=2.0**-8)  # torch's own kernel
+    assert first is None and second is None
 
 
 @needs_kernels
 def test_text_that_llvm_rejects_is_replaced_with_one_warning(monkeypatch):
-    monkeypatch.setattr(cpu_runtime, "kernel_ir", lambda variant: "no IR at all")
-    monkeypatch.setattr(cpu_runtime, "_compiled", {})
+    monkeypatch.setattr(runtime, "kernel_ir", lambda variant: "no IR at all")
+    monkeypatch.setattr(runtime, "_compiled", {})
     weight, scale, _ = make_weight(64, 256, 4)
     with pytest.warns(UserWarning, match="is not used"):
         assert dequantize(weight, scale, 4, torch.float32) is None
@@ -374,17 +363,10 @@ def test_decode_attention_refuses_what_it_does_not_serve():
         assert decode_attention(query, key, value) is not None
 
 
-@pytest.mark.parametrize("x_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bits", [4, 8])
-def test_without_llvmlite_torchs_int8_kernel_serves_few_rows(no_llvmlite, bits, x_dtype):
-    weight, scale, exact = make_weight(64, 256, bits, dtype=torch.float32)
-    x = make_x(2, 256, x_dtype)
-    y = linear(x, weight, scale, bits)
-    error = (y - x.double() @ exact.T).norm() / (x.double() @ exact.T).norm()
-    assert y.dtype == x_dtype and error < 6e-3  # activations and two results rounded to bfloat16
-
-
-def test_without_llvmlite_the_rest_is_left_to_plain_torch(no_llvmlite):
+def test_without_llvmlite_everything_is_left_to_the_caller_with_one_warning(no_llvmlite):
+    with pytest.warns(UserWarning, match="pip install .*llvmlite") as warned:
+        assert instruction_set() == "" == instruction_set()
+    assert len(warned) == 1
     weight, scale, _ = make_weight(64, 256, 8)
     grouped, scales, _ = make_weight(64, 256, 8, group=32)
     assert linear(make_x(64, 256, torch.float32), weight, scale, 8) is None
@@ -399,7 +381,7 @@ def test_a_cpu_without_fused_multiply_add_is_not_served(monkeypatch):
     import llvmlite.binding
 
     monkeypatch.setattr(llvmlite.binding, "get_host_cpu_features", lambda: {"avx2": True, "f16c": True, "fma": False})
-    monkeypatch.setattr(cpu_runtime, "_machine", {})
+    monkeypatch.setattr(runtime, "_machine", {})
     assert instruction_set() == ""
 
 
@@ -411,7 +393,7 @@ def test_an_llvmlite_that_is_too_old_is_named(monkeypatch):
         raise RuntimeError("ptr type is only supported in -opaque-pointers mode")
 
     monkeypatch.setattr(llvmlite.binding, "parse_assembly", reject)
-    monkeypatch.setattr(cpu_runtime, "_machine", {})
+    monkeypatch.setattr(runtime, "_machine", {})
     with pytest.warns(UserWarning, match="llvmlite>=0.45"):
         assert instruction_set() == ""
 
@@ -419,9 +401,9 @@ def test_an_llvmlite_that_is_too_old_is_named(monkeypatch):
 @needs_kernels
 def test_threads_that_arrive_together_compile_once(monkeypatch):
     compiled = []
-    monkeypatch.setattr(cpu_runtime, "_compiled", {})
-    original = cpu_runtime._compile
-    monkeypatch.setattr(cpu_runtime, "_compile", lambda variant: compiled.append(variant) or original(variant))
+    monkeypatch.setattr(runtime, "_compiled", {})
+    original = runtime._compile
+    monkeypatch.setattr(runtime, "_compile", lambda variant: compiled.append(variant) or original(variant))
     weight, scale, exact = make_weight(64, 256, 8)
     x, results = make_x(1, 256, torch.float32), []
     threads = [threading.Thread(target=lambda: results.append(linear(x, weight, scale, 8))) for _ in range(4)]
@@ -436,7 +418,7 @@ def test_threads_that_arrive_together_compile_once(monkeypatch):
 
 @needs_kernels
 def test_compiling_leaves_the_callers_random_numbers_alone(monkeypatch):
-    monkeypatch.setattr(cpu_runtime, "_compiled", {})
+    monkeypatch.setattr(runtime, "_compiled", {})
     weight, scale, _ = make_weight(64, 128, 8)
     state = torch.get_rng_state()
     linear(make_x(20, 128, torch.float32), weight, scale, 8)
@@ -446,7 +428,7 @@ def test_compiling_leaves_the_callers_random_numbers_alone(monkeypatch):
 @needs_kernels
 @pytest.mark.parametrize("threads", [1, 3])
 def test_without_openmp_pythons_threads_do_the_work(monkeypatch, threads):
-    monkeypatch.setitem(cpu_runtime._machine, "GOMP_parallel", None)
+    monkeypatch.setitem(runtime._machine, "GOMP_parallel", None)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     weight, scale, exact = make_weight(512, 256, 4)
     for rows in (1, 20):
@@ -456,7 +438,7 @@ def test_without_openmp_pythons_threads_do_the_work(monkeypatch, threads):
 
 @needs_kernels
 def test_defaults_of_torch_do_not_reach_the_kernels(monkeypatch):
-    monkeypatch.setattr(cpu_runtime, "_compiled", {})
+    monkeypatch.setattr(runtime, "_compiled", {})
     weight, scale, exact = make_weight(64, 128, 8)
     few, many, states = (
         make_x(1, 128, torch.bfloat16),
@@ -488,7 +470,7 @@ def test_activations_that_want_gradients_are_only_read():
 
 
 def test_the_examples_in_the_docstrings_hold():
-    results = doctest.testmod(cpu_kernels)
+    results = doctest.testmod(routes)
     assert results.attempted and not results.failed
 
 
@@ -503,8 +485,8 @@ def test_importing_compiles_and_looks_up_nothing():
         "import sys, types\n"
         "package = sys.modules['p'] = types.ModuleType('p')\n"
         "package.__path__ = [sys.argv[1]]\n"
-        "from p import cpu_decode, cpu_kernels, cpu_runtime\n"
-        "assert 'llvmlite' not in sys.modules and not cpu_runtime._machine and not cpu_runtime._compiled"
+        "from p import program, kernels, runtime\n"
+        "assert 'llvmlite' not in sys.modules and not runtime._machine and not runtime._compiled"
     )
-    root = cpu_kernels.__file__.rpartition("/")[0]
+    root = kernels.__file__.rpartition("/")[0]
     subprocess.run([sys.executable, "-c", code, root], check=True, timeout=60)

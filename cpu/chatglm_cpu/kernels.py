@@ -1,9 +1,8 @@
-"""Products with INT4, INT8 and 16-bit weights on x86 CPUs, by kernels compiled for the very machine at first use.
+"""The compiled kernels as functions of tensors: products with INT4, INT8 and 16-bit weights, GELU, attention.
 
 At one new token a model is as fast as its weights can be read, so the kernels read the official storage format as it
-lies in memory, widen a weight in registers and sum in float32; activations keep their precision. cpu_product_ir.py
-and cpu_step_ir.py write them, cpu_runtime.py compiles and runs them. Without llvmlite torch's own INT8 kernel serves;
-where neither can, the public functions return None and the caller computes in plain PyTorch.
+lies in memory, widen a weight in registers and sum in float32; activations keep their precision. products.py and
+steps.py write them, runtime.py compiles and runs them, routes.py chooses. What is not served gives None.
 """
 
 from __future__ import annotations
@@ -13,51 +12,14 @@ import functools
 import torch
 from torch import Tensor
 
-from .cpu_kernel_ir import BLOCK_ROWS, CHUNK, INT8_BYTES, INT8_COLUMNS, LARGEST_HEAD, PANEL, TILE, Variant
-from .cpu_product_ir import int8_columns
-from .cpu_runtime import IR_TYPES, dtype_of, empty, instruction_set, is_plain, kernel_address, noise, run
-from .cpu_step_ir import attention_scratch
-from .int4 import unpack_int4
+from .ir import BLOCK_ROWS, CHUNK, INT8_BYTES, INT8_COLUMNS, LARGEST_HEAD, PANEL, TILE, Variant
+from .products import int8_columns
+from .runtime import IR_TYPES, dtype_of, empty, instruction_set, is_plain, kernel_address, noise, run
+from .steps import attention_scratch
 
 GEMV_ROWS = 4  # rows of activations in one pass over the weight: more sums than that do not fit the registers
-FEW_ROWS = {4: 16, 8: 12, 16: 8}  # bits -> up to so many rows, passes of a gemv beat a gemm; benchmarks/cpu_kernels.py
-TORCH_INT8_ROWS = 16  # up to so many rows, torch's INT8 kernel beats unpacking in plain PyTorch
 GELU_CHUNKS = 8  # that a thread takes at a time
 SLAB_ROWS = 256  # rows of activations in one matrix product, so that they stay in the last-level cache
-
-
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    bits: int,
-    bias: Tensor | None = None,
-    int8_activations: bool = False,
-) -> Tensor | None:
-    """x @ (scale * weight).T + bias without the weight in full precision, or None where that is not served.
-
-    x: [M, K] float32, bfloat16 or float16; the result is [M, N] of the same type.
-    weight: bits 8: int8 [N, K]; 4: int8 [N, K/2], even column in the high nibble; 16: float16 or bfloat16 [N, K].
-    scale: [N], or [N, K/group] with groups of 32, 64 or 128 columns, of any of the three types; None for 16 bits.
-    bias: [N] of any of the three types; added in float32, before the one rounding.
-    int8_activations: x may be rounded to int8, with a scale for each 32 columns, where many rows gain from that.
-    Not differentiable. Served: contiguous CPU tensors with N % 4 == 0 and K % 128 == 0.
-
-    >>> weight = torch.tensor([[1, -128], [2, 3], [0, 0], [127, 5]], dtype=torch.int8).repeat(1, 64)
-    >>> y = linear(torch.ones(1, 128), weight, torch.full((4,), 0.5), 8)
-    >>> y is None or y.tolist()
-    [[-4064.0, 160.0, 0.0, 4224.0]]
-    """
-    if not is_served(x, weight, scale, bits) or not (bias is None or is_vector(bias)):
-        return None
-    rows = x.shape[0]
-    if rows <= FEW_ROWS[bits] or weight.shape[0] < BLOCK_ROWS:
-        y = _gemv(x, weight, scale, bits, bias)
-    else:
-        y = _gemm(x, weight, scale, bits, bias, int8_activations)
-    if y is None and rows <= TORCH_INT8_ROWS:
-        return _torch_linear(x, weight, scale, bits, bias)
-    return y
 
 
 def dequantize(weight: Tensor, scale: Tensor | None, bits: int, dtype: torch.dtype) -> Tensor | None:
@@ -159,10 +121,10 @@ def _fits(bits: int, dtype: torch.dtype, shape: tuple, x: tuple | None, scale: t
     return scale is None or (scale[0] in IR_TYPES and tuple(scale[1]) in scale_shapes)
 
 
-# ---------------------------------------------------------------------------------------------- the routes
+# ---------------------------------------------------------------------------------------------- products
 
 
-def _gemv(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int, bias: Tensor | None) -> Tensor | None:
+def gemv(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int, bias: Tensor | None) -> Tensor | None:
     """Passes over the packed weight, GEMV_ROWS rows of x each."""
     parts = []
     for part in x.split(GEMV_ROWS) if len(x) > GEMV_ROWS else (x,):
@@ -190,7 +152,7 @@ def _run_gemv(variant: Variant, address: int, x: Tensor, weight: Tensor, scale: 
     return y
 
 
-def _gemm(
+def gemm(
     x: Tensor, weight: Tensor, scale: Tensor | None, bits: int, bias: Tensor | None, int8_activations: bool
 ) -> Tensor | None:
     """Unpacks the weight block by block in each thread's cache and multiplies it with all rows of x."""
@@ -296,22 +258,6 @@ def gelu_arguments(x: Tensor, bias: Tensor | None, y: Tensor) -> dict[str, Tenso
     return {"x": x, "bias": bias, "y": y, **size}
 
 
-def _torch_linear(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int, bias: Tensor | None) -> Tensor | None:
-    """torch's INT8 product, which is fast for bfloat16 activations only; the scale is applied afterwards, unrounded.
-    INT4 takes two of them, where torch's own INT4 product (cpu_int4pack.py) can't be had, as for a tied head."""
-    product = getattr(torch, "_weight_int8pack_mm", None)
-    if product is None or bits == 16 or scale.dim() != 1:
-        return None
-    inputs, ones = x.bfloat16(), weight.new_ones(weight.shape[0], dtype=torch.bfloat16)
-    if bits == 8:
-        y = product(inputs, weight, ones).float()
-    else:  # each nibble at the top of its byte is sixteen times its value
-        even, odd = inputs[:, ::2].contiguous(), inputs[:, 1::2].contiguous()
-        y = (product(even, weight & -16, ones).float() + product(odd, weight << 4, ones).float()) / 16
-    y = y * scale.float()
-    return (y if bias is None else y.add_(bias)).to(x.dtype)
-
-
 # ---------------------------------------------------------------------------------------------- variants, their trials
 
 
@@ -399,3 +345,8 @@ def _example(variant: Variant, rows: int, columns: int) -> tuple[Tensor, Tensor 
     )
     exact = values.double() * scale.double().repeat_interleave(columns // groups, 1)
     return weight, scale if variant.group else scale.flatten(), exact
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """int8 [..., in / 2], the even column in the high nibble -> int8 [..., in]."""
+    return torch.stack((packed >> 4, (packed << 4) >> 4), dim=-1).flatten(-2)

@@ -1,8 +1,8 @@
 """What the texts of the CPU kernels are written with: LLVM IR, its types, and the variants of a kernel.
 
 A kernel is one function `void kernel(ptr arguments)` that every thread runs; the threads share out its rows by a
-counter. Products are written in cpu_product_ir.py, everything else of a decode step in cpu_step_ir.py; nothing is
-compiled or run there (see cpu_runtime.py).
+counter. Products are written in products.py, everything else of a decode step in steps.py; nothing is
+compiled or run there (see runtime.py).
 
     M rows of activations, K columns, N rows of the weight; INT4 packs the even column into the HIGH nibble.
 """

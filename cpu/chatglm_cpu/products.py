@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-from .cpu_kernel_ir import (
+from .ir import (
     BF16X32,
     BLOCK_ROWS,
     CHUNK,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import math
 
-from .cpu_kernel_ir import (
+from .ir import (
     BF16X32,
     CHUNK,
     F32X16,

@@ -6,28 +6,9 @@ import contextlib
 import mmap
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 PAGE = 2 << 20  # bytes, of x86 and of most ARM systems
-
-
-def move_to_huge_pages(module: nn.Module) -> None:
-    """Copies the parameters on the CPU one by one, so that a file is unmapped as soon as its last one is done.
-
-    Tied ones stay tied. Buffers stay where they are.
-
-    Raises:
-        RuntimeError, OSError: no memory for a copy; what was copied before stays usable, and the others where they
-            were.
-    """
-    copies: dict[tuple, Tensor] = {}  # parameters over the same memory get the same copy
-    with torch.inference_mode(False), torch.no_grad():
-        for parameter in list(module.parameters()):
-            if parameter.device.type == "cpu" and parameter.numel():
-                place = (parameter.data_ptr(), parameter.dtype, parameter.shape, parameter.stride())
-                if place not in copies:
-                    copies[place] = copy_to_huge_pages(parameter.data)
-                parameter.data = copies[place]
 
 
 def copy_to_huge_pages(tensor: Tensor) -> Tensor:
