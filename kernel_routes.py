@@ -26,6 +26,8 @@ from .cuda_kernels import linear as cuda_linear
 API_LEVEL = 1  # of chatglm_cpu, the least that this file asks for
 INSTALL = "`pip install ./cpu` in a clone of the ChatGLM-6B-Slim repository installs it"
 INT8_ROWS, INT4_ROWS = 16, 128  # up to so many rows PyTorch's own products beat unpacking the weight for a matmul
+ALIGNMENT = 16  # bytes, without which PyTorch's INT8 product crashes for several rows
+SMALLEST = 1 << 14  # weights of a matrix; below, unpacking takes no time, and rounds nothing to bfloat16
 INT4_GROUPS = (256, 128, 64, 32)  # columns a scale that PyTorch's INT4 product knows
 INT4_BLOCK = 64  # rows of a weight that it takes together on any processor
 PACKED_AT_ONCE = 1 << 20  # weights, which take four bytes each while they are packed
@@ -134,11 +136,14 @@ def product(
     Routes, in this order:
     * CPU, something watched (`is_watched`): plain PyTorch;
     * CPU: chatglm_cpu's `linear`, for contiguous weights with 4 n rows and 128 n columns, any number of rows of x;
-    * CPU, up to INT8_ROWS rows, INT8 with a scale a row: PyTorch's `_weight_int8pack_mm`, which takes bfloat16;
-    * CPU, up to INT4_ROWS rows, INT4, and `copies` given: PyTorch's INT4 product, which takes bfloat16 and a copy of
-      the weight in its own order, as large as the weight; it is kept in `copies` as long as it fits the weight;
+    * CPU, SMALLEST weights and more, up to INT8_ROWS rows, INT8 with a scale a row: PyTorch's `_weight_int8pack_mm` in
+      bfloat16; it needs a copy where the weight is not aligned, as in a mapped file;
+    * CPU, SMALLEST weights and more, up to INT4_ROWS rows, INT4: PyTorch's INT4 product in bfloat16, with a copy of
+      the weight in its own order;
     * CUDA, not under torch.compile: cuda_kernels.linear;
     * else the weight is dequantized for a matmul.
+
+    copies: where a layer keeps the copy of its weight, as large as the weight; None for no copies.
     """
     # Kernels want contiguous rows, and torch would repeat the weight for each row of a strided batch.
     rows = x.reshape(-1, x.shape[-1]).contiguous()
@@ -159,15 +164,18 @@ def cpu_product(x, weight, scale, bits, bias, int8_activations, copies) -> Tenso
     if cpu is None and int8_activations:
         warn_once(f"quantize_activations has no effect without chatglm_cpu: {INSTALL}")
     y = None if cpu is None else cpu.linear(x, weight, scale, bits, bias, int8_activations)
-    if y is not None or weight.device.type != "cpu":
+    if y is not None or weight.device.type != "cpu" or weight.shape[0] * x.shape[1] < SMALLEST:
         return y
     if bits == 8 and len(x) <= INT8_ROWS and scale.dim() == 1 and hasattr(torch, "_weight_int8pack_mm"):
-        ones = weight.new_ones(weight.shape[0], dtype=torch.bfloat16)
-        return scaled(torch._weight_int8pack_mm(x.bfloat16(), weight, ones).float(), scale, bias, x.dtype)
-    if bits == 4 and len(x) <= INT4_ROWS and copies is not None and fits_int4_product(weight):
-        packed = packed_copy(copies, weight, scale)
-        y = torch._weight_int4pack_mm_for_cpu(x.bfloat16(), packed.values, packed.group, packed.scales)
-        return scaled(y[:, : weight.shape[0]].float(), scale if scale.dim() == 1 else None, bias, x.dtype)
+        aligned = weight if weight.data_ptr() % ALIGNMENT == 0 else kept_copy(copies, weight, scale, aligned_copy)
+        if aligned is not None:
+            ones = weight.new_ones(weight.shape[0], dtype=torch.bfloat16)
+            return scaled(torch._weight_int8pack_mm(x.bfloat16(), aligned, ones).float(), scale, bias, x.dtype)
+    if bits == 4 and len(x) <= INT4_ROWS and x.shape[1] % INT4_GROUPS[-1] == 0 and has_int4_product():
+        packed = kept_copy(copies, weight, scale, packed_copy)
+        if packed is not None:
+            y = torch._weight_int4pack_mm_for_cpu(x.bfloat16(), *packed)[:, : weight.shape[0]].float()
+            return scaled(y, scale if scale.dim() == 1 else None, bias, x.dtype)
     return None
 
 
@@ -224,32 +232,41 @@ class FrozenProduct(torch.autograd.Function):
         return gradient @ dequantized(weight, scale, ctx.bits, gradient.dtype), None, None, None
 
 
-class Packed(NamedTuple):
-    """A copy of an INT4 weight [N, K / 2] in the order of PyTorch's product, and what it was made of."""
+class Copy(NamedTuple):
+    """What was made of a weight and its scale. Their aliases keep anything else from getting their memory."""
 
-    weight: Tensor  # an alias: its memory is not given to another weight as long as the copy is there
+    weight: Tensor
     scale: Tensor
     versions: tuple[int, int]
-    values: Tensor  # uint8 [N or a few more, K / 2]
-    group: int  # columns a scale
-    scales: Tensor  # bfloat16 [K / group, N, 2]: scales and zero points
+    made: object
 
 
-def packed_copy(copies: dict, weight: Tensor, scale: Tensor) -> Packed:
-    """The copy in `copies`, made anew where the weight or its scale is another or was written to (through `.data`, as
-    PyTorch cannot tell, it must not be)."""
-    versions, packed = (weight._version, scale._version), copies.get("int4")
-    if packed is not None and packed.versions == versions:
-        places = ((packed.weight, weight), (packed.scale, scale))
-        if all((old.data_ptr(), old.dtype, old.shape) == (t.data_ptr(), t.dtype, t.shape) for old, t in places):
-            return packed
+def kept_copy(copies: dict | None, weight: Tensor, scale: Tensor, make):
+    """make(weight, scale), kept in `copies` as long as the two are the same memory and not written to (PyTorch cannot
+    tell of writes through `.data`); None where nothing is to be kept, or writes are not counted, as in inference mode.
+    """
+    if copies is None or weight.is_inference() or scale.is_inference():
+        return None
+    versions, copy = (weight._version, scale._version), copies.get(make)
+    if copy is not None and copy.versions == versions:
+        same = (copy.weight.data_ptr(), copy.weight.shape) == (weight.data_ptr(), weight.shape)
+        if same and (copy.scale.data_ptr(), copy.scale.shape) == (scale.data_ptr(), scale.shape):
+            return copy.made
     copies.clear()  # before there is a second one
     with torch.inference_mode(False), torch.no_grad():
-        rows = max(INT4_BLOCK, PACKED_AT_ONCE // (2 * weight.shape[1]) // INT4_BLOCK * INT4_BLOCK)
-        values = torch.cat([pack_rows(part) for part in weight.split(rows)])
-        group, scales = group_scales(scale, 2 * weight.shape[1])
-        copies["int4"] = packed = Packed(weight.data, scale.data, versions, values, group, scales)
-    return packed
+        made = make(weight, scale)
+    copies[make] = Copy(weight.data, scale.data, versions, made)
+    return made
+
+
+def aligned_copy(weight: Tensor, scale: Tensor) -> Tensor:
+    return weight.clone()
+
+
+def packed_copy(weight: Tensor, scale: Tensor) -> tuple[Tensor, int, Tensor]:
+    """What PyTorch's INT4 product takes: the weight, with a few rows more, in its order, columns a scale, scales."""
+    rows = max(INT4_BLOCK, PACKED_AT_ONCE // (2 * weight.shape[1]) // INT4_BLOCK * INT4_BLOCK)
+    return torch.cat([pack_rows(part) for part in weight.split(rows)]), *group_scales(scale, 2 * weight.shape[1])
 
 
 def pack_rows(weight: Tensor) -> Tensor:
@@ -270,12 +287,6 @@ def group_scales(scale: Tensor, columns: int) -> tuple[int, Tensor]:
 @functools.lru_cache(maxsize=16)
 def ones_as_scales(groups: int, rows: int) -> Tensor:
     return torch.tensor([1.0, 0.0], dtype=torch.bfloat16, device="cpu").repeat(groups, rows, 1)
-
-
-def fits_int4_product(weight: Tensor) -> bool:
-    """Of inference tensors PyTorch cannot tell whether they were written to."""
-    columns = 2 * weight.shape[1]
-    return columns % INT4_GROUPS[-1] == 0 and not weight.is_inference() and has_int4_product()
 
 
 @functools.cache

@@ -210,6 +210,23 @@ def fixed_length(cache) -> Optional[int]:
     return length
 
 
+try:  # 4.48
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+except ImportError:
+    ALL_ATTENTION_FUNCTIONS = {}
+
+
+def chosen_attention(config):
+    """The function that somebody registered with transformers' AttentionInterface under the name that the model is set
+    to; None where it is a built-in one."""
+    name = getattr(config, "_attn_implementation", None)
+    function = (
+        None if name in (None, "eager") or name not in ALL_ATTENTION_FUNCTIONS else ALL_ATTENTION_FUNCTIONS[name]
+    )
+    own = name == "sdpa" and getattr(function, "__module__", "").startswith("transformers.")
+    return None if own else function
+
+
 def is_tracing() -> bool:
     """Under torch.compile, export or tracing a look at the data would break the graph."""
     compiler = getattr(torch, "compiler", None)

@@ -28,24 +28,23 @@ from transformers.utils import logging
 
 # All files of the package: transformers before 5 copies only those that this one imports itself.
 from .chat import ChatMixin
-from .compat import CACHE_NAME, Past, as_cache, cached_length, fixed_length, is_tracing, one_of
+from .compat import (
+    CACHE_NAME,
+    Past,
+    as_cache,
+    cached_length,
+    chosen_attention,
+    fixed_length,
+    is_tracing,
+    one_of,
+)
 from .configuration_chatglm import ChatGLMConfig
-from .cpu_attention import prompt_attention
-from .cpu_decode import decode_step
-from .cpu_int4pack import pack  # noqa: F401
-from .cpu_kernel_ir import Variant  # noqa: F401
-from .cpu_kernels import decode_attention
-from .cpu_kernels import gelu as cpu_gelu
-from .cpu_product_ir import PRODUCTS  # noqa: F401
-from .cpu_runtime import instruction_set  # noqa: F401
-from .cpu_step_ir import STEPS  # noqa: F401
 from .cuda_kernels import linear as cuda_linear  # noqa: F401
-from .huge_pages import move_to_huge_pages
-from .int4 import pack_int4  # noqa: F401
+from .kernel_routes import attention, decode_step, gelu, linear, move_to_huge_pages, warn_once
 from .quantization import (
-    Linear,
     QuantizedEmbedding,
     QuantizedLinear,
+    dequantize_model,
     head_group_size,
     quantize_model,
     tied_head_keys,
@@ -62,11 +61,6 @@ GET_WEIGHTS = (
     "this folder holds the code of ChatGLM-6B-Slim without weights: make a complete folder with "
     "`python slim.py THUDM/chatglm-6b OUTPUT`, or give from_pretrained a Hub repository that has them"
 )
-
-
-@functools.cache
-def warn_once(message: str) -> None:
-    logger.warning(message)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -246,33 +240,27 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
         self.heads, self.head_size = config.num_attention_heads, config.head_size
-        self.query_key_value = linear(config, config.hidden_size, 3 * config.hidden_size)
-        self.dense = linear(config, config.hidden_size, config.hidden_size)
+        self.query_key_value = linear_layer(config, config.hidden_size, 3 * config.hidden_size)
+        self.dense = linear_layer(config, config.hidden_size, config.hidden_size)
 
     def forward(self, hidden: Tensor, rotary, visible: Optional[Tensor], past: Past, output_attentions: bool):
         B, S, _ = hidden.shape
-        fused = self.query_key_value(hidden).view(B, S, self.heads, 3, self.head_size)
+        fused = linear(self.query_key_value, hidden).view(B, S, self.heads, 3, self.head_size)
         query, key = rotate(fused[..., :2, :], *rotary).transpose(1, 2).unbind(-2)  # [B, H, S, D] each
         value = fused[..., 2, :].transpose(1, 2)
         key, value = past.extend(key, value, self.layer_idx)
         if visible is not None and visible.shape[-1] < key.shape[2]:  # a static cache hands out its empty slots too
             visible = F.pad(visible, (0, key.shape[2] - visible.shape[-1]), value=False)
-        if output_attentions or getattr(self.config, "_attn_implementation", None) == "eager":
+        chosen = None if output_attentions else chosen_attention(self.config)
+        if chosen is not None:
+            scale = self.head_size**-0.5
+            context, weights = chosen(self, query, key, value, visible, dropout=0.0, scaling=scale, is_causal=False)
+        elif output_attentions or getattr(self.config, "_attn_implementation", None) == "eager":
             context, weights = eager_attention(query, key, value, visible)
+            context = context.transpose(1, 2)
         else:
-            context, weights = attention(query, key, value, visible), None
-        return self.dense(context.transpose(1, 2).reshape(B, S, -1)), weights
-
-
-def attention(query: Tensor, key: Tensor, value: Tensor, visible: Optional[Tensor]) -> Tensor:
-    """query [B, H, S, D], key and value [B, H, K, D] -> [B, H, S, D]; on a CPU a kernel for one new token, and matrix
-    products for many."""
-    if query.device.type == "cpu" and not is_tracing():
-        fast = decode_attention if query.shape[2] == 1 else prompt_attention
-        context = fast(query, key, value, visible)
-        if context is not None:
-            return context
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
+            context, weights = attention(query, key, value, visible).transpose(1, 2), None
+        return linear(self.dense, context.reshape(B, S, -1)), weights
 
 
 def eager_attention(query: Tensor, key: Tensor, value: Tensor, visible: Optional[Tensor]) -> tuple[Tensor, Tensor]:
@@ -288,17 +276,11 @@ def eager_attention(query: Tensor, key: Tensor, value: Tensor, visible: Optional
 class MLP(nn.Module):
     def __init__(self, config: ChatGLMConfig):
         super().__init__()
-        self.dense_h_to_4h = linear(config, config.hidden_size, config.inner_hidden_size)
-        self.dense_4h_to_h = linear(config, config.inner_hidden_size, config.hidden_size)
+        self.dense_h_to_4h = linear_layer(config, config.hidden_size, config.inner_hidden_size)
+        self.dense_4h_to_h = linear_layer(config, config.inner_hidden_size, config.hidden_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.dense_4h_to_h(gelu(self.dense_h_to_4h(hidden)))
-
-
-def gelu(states: Tensor) -> Tensor:
-    """In the tanh form, by a kernel on a CPU, where PyTorch's takes twice the time."""
-    fast = cpu_gelu(states) if states.device.type == "cpu" and not is_tracing() else None
-    return F.gelu(states, approximate="tanh") if fast is None else fast
+        return linear(self.dense_4h_to_h, gelu(linear(self.dense_h_to_4h, hidden)))
 
 
 class GLMBlock(nn.Module):
@@ -315,6 +297,15 @@ class GLMBlock(nn.Module):
         attended, weights = self.attention(normed, rotary, visible, past, output_attentions)
         normed = self.post_attention_layernorm(normed * self.residual_scale + attended)
         return normed * self.residual_scale + self.mlp(normed), weights
+
+
+def network_functions() -> tuple:
+    """What a decode step by kernels stands for: where one is another function by now, the modules are called."""
+    classes = (GLMBlock.forward, SelfAttention.forward, MLP.forward, QuantizedLinear.forward)
+    return (*classes, linear, attention, gelu, rotate)
+
+
+NETWORK = network_functions()
 
 
 class PrefixEncoder(nn.Module):
@@ -342,9 +333,9 @@ class PrefixEncoder(nn.Module):
         return list(zip(states[0::2], states[1::2]))
 
 
-def linear(config: ChatGLMConfig, in_features: int, out_features: int) -> nn.Module:
+def linear_layer(config: ChatGLMConfig, in_features: int, out_features: int) -> nn.Module:
     if not config.quantization_bit:
-        return Linear(in_features, out_features)
+        return nn.Linear(in_features, out_features)
     layer = QuantizedLinear(in_features, out_features, config.quantization_bit, config.quantization_group_size)
     layer.quantize_activations = config.quantize_activations
     return layer
@@ -603,10 +594,12 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
     def _decode_step(self, hidden: Tensor, rotary, cache, seen) -> Optional[Tensor]:
         """What `_run_blocks` computes for one new token, by CPU kernels where they serve."""
-        eager = getattr(self.config, "_attn_implementation", None) == "eager"
-        if hidden.device.type != "cpu" or eager or is_tracing() or not seen:
+        built_in = getattr(self.config, "_attn_implementation", None) in (None, "sdpa")
+        if hidden.device.type != "cpu" or is_tracing() or not seen or network_functions() != NETWORK:
             return None
-        kinds = (GLMBlock, SelfAttention, MLP)
+        if not built_in or chosen_attention(self.config) is not None:
+            return None
+        kinds = (GLMBlock, SelfAttention, MLP, QuantizedLinear)
         return decode_step(self.layers, self.final_layernorm, hidden, rotary, cache, kinds)
 
     def _start(self, cache, hidden: Tensor):
@@ -699,10 +692,9 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
             self.lm_head = QuantizedLinear(
                 config.hidden_size, config.vocab_size, config.head_bits, group_size, bias=False
             )
-            self.lm_head.shares_weight = config.tie_word_embeddings
             self._tied_weights_keys = tied_head_keys()
         else:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.pre_seq_len is not None:
             self.lm_head.requires_grad_(False)
         self.post_init()
@@ -765,7 +757,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         )
         hidden = output.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden if isinstance(kept, slice) and kept.start == 0 else hidden[:, kept].contiguous())
+        logits = linear(self.lm_head, hidden if isinstance(kept, slice) and kept.start == 0 else hidden[:, kept])
         loss = None
         if labels is not None:
             loss = shifted_cross_entropy(logits, labels, kwargs.get("num_items_in_batch")).to(logits.dtype)
@@ -873,7 +865,8 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         """Copies the weights on the CPU from the mapped files to huge pages of the process, where Linux has them.
 
         Decoding reads them faster there (README.md, "Speed on a CPU"). It takes seconds for some GB, and memory that
-        the system cannot take back, unlike that of a mapped file.
+        the system cannot take back, unlike that of a mapped file. The parameters are new ones, so make an optimizer
+        afterwards. Needs chatglm_cpu; without it one line says so.
 
         Returns:
             the model itself.
@@ -887,6 +880,10 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
     def quantize(self, bits: int, group_size: int = 0, quantize_head: Union[bool, int] = False, **kwargs):
         """Replaces the linear layers by INT8 or INT4 ones, in place; see quantization.quantize_model."""
         return quantize_model(self, bits, group_size=group_size, quantize_head=quantize_head, **kwargs)
+
+    def dequantize(self, dtype: Optional[torch.dtype] = None):
+        """Plain layers with the same numbers in place of INT8 or INT4 ones; see quantization.dequantize_model."""
+        return dequantize_model(self, dtype)
 
 
 def check_labels(labels: Tensor, inputs: Optional[Tensor], logits_to_keep: Union[int, Tensor]) -> None:

@@ -2,34 +2,28 @@
 
 A quantized matrix is `weight`, int8 [out, in] or two int4 columns a byte [out, in / 2] (the even column in the high
 nibble, two's complement), and `weight_scale` [out], or [out, in / group] with group-wise scales. What computes with it
-is chosen in `product`, the one seam: compiled CPU kernels (cpu_kernels.py), CUDA kernels (cuda_kernels.py), or plain
-PyTorch with the same numbers. Only INT4 on a CPU without llvmlite is another matter: see QuantizedLinear.packed.
+is chosen in kernel_routes.py; all ways give the numbers of plain PyTorch with the dequantized weight.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_chatglm import GROUP_SIZES
-from .cpu_int4pack import Packed, pack, unpack
-from .cpu_int4pack import is_served as can_be_packed
-from .cpu_int4pack import linear as packed_linear
-from .cpu_kernels import dequantize as cpu_dequantize
-from .cpu_kernels import linear as cpu_linear
-from .cpu_runtime import instruction_set
-from .cuda_kernels import dequantize as cuda_dequantize
-from .cuda_kernels import linear as cuda_linear
 from .cuda_kernels import quantize as cuda_quantize
-from .int4 import pack_int4, unpack_int4
+from .kernel_routes import FrozenProduct, dequantize_weight, dequantized, product, unpack_int4, warn_once  # noqa: F401
 
 LARGEST = {4: 7, 8: 127}
-_packing = threading.Lock()
 SEARCH_FACTORS = [1 - step / 40 for step in range(17)]  # of the largest value, when the scale is searched: 1.0 ... 0.6
+# Arguments of the official quantize() that would change nothing here, and why.
+WITHOUT_MEANING = {
+    "empty_init": "weights are quantized where they are",
+    "kernel_file": "kernels are compiled for the machine at their first use",
+    "use_quantization_cache": "weights are never unpacked as a whole",
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -80,12 +74,11 @@ def searched_scale(groups: Tensor, largest: Tensor, bits: int) -> Tensor:
     return best
 
 
-def dequantize_weight(weight: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    """int8 or packed int4 weights -> [out, in]: integer times scale, computed and rounded once in `dtype`."""
-    values = (unpack_int4(weight) if bits == 4 else weight).to(dtype)
-    if scale.dim() == 1:
-        return values * scale.to(dtype)[:, None]
-    return (values.unflatten(1, (scale.shape[1], -1)) * scale.to(dtype)[:, :, None]).flatten(1)
+def pack_int4(values: Tensor) -> Tensor:
+    """int8 [..., in] with values -8 ... 7 -> int8 [..., in / 2], even columns in the high nibbles."""
+    if values.shape[-1] % 2:
+        raise ValueError(f"{values.shape[-1]} columns: INT4 packs two in a byte, so their number must be even")
+    return ((values[..., 0::2] & 15) << 4) | (values[..., 1::2] & 15)
 
 
 def check_shape(in_features: int, bits: int, group_size: int) -> None:
@@ -100,69 +93,8 @@ def check_shape(in_features: int, bits: int, group_size: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The seam: which kernel computes a product
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def product(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    bits: int,
-    bias: Tensor | None = None,
-    int8_activations: bool = False,
-) -> Tensor:
-    """x [..., in] times the transposed weight, plus bias -> [..., out] in x's dtype; bits 16 is a plain matrix."""
-    # Kernels want contiguous rows, and torch would repeat the weight for each row of a strided batch.
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    y = None
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        y = cpu_linear(rows, weight, scale, bits, bias, int8_activations)
-    elif x.device.type == "cuda" and bits != 16 and not torch.compiler.is_compiling():
-        y = cuda_linear(rows, weight, scale, bits)
-        y = y if y is None or bias is None else y.add_(bias)
-    if y is None:
-        dense = weight if bits == 16 else dequantize_weight(weight, scale, bits, x.dtype)
-        y = F.linear(rows, dense, bias if bias is None else bias.to(x.dtype))
-    return y.view(*x.shape[:-1], weight.shape[0])
-
-
-def dequantized(weight: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    kernel = {"cuda": cuda_dequantize, "cpu": cpu_dequantize}.get(weight.device.type)
-    fast = kernel(weight, scale, bits, dtype) if kernel is not None else None
-    return dequantize_weight(weight, scale, bits, dtype) if fast is None else fast
-
-
-class FrozenProduct(torch.autograd.Function):
-    """`product` with a gradient for x; the weights are frozen."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor, bits: int) -> Tensor:
-        ctx.save_for_backward(weight, scale)
-        ctx.bits = bits
-        return product(x, weight, scale, bits)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        weight, scale = ctx.saved_tensors
-        return gradient @ dequantized(weight, scale, ctx.bits, gradient.dtype), None, None, None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The layers
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-class Linear(nn.Linear):
-    """A linear layer that reads 16-bit weights at full memory speed on CPUs where a kernel for them exists."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or self.weight.dtype == torch.float32 or x.dtype != self.weight.dtype:
-            return super().forward(x)
-        trained = (tensor is not None and tensor.requires_grad for tensor in (x, self.weight, self.bias))
-        if torch.is_grad_enabled() and any(trained):
-            return super().forward(x)
-        return product(x, self.weight, None, 16, self.bias)
 
 
 class QuantizedLinear(nn.Linear):
@@ -170,14 +102,11 @@ class QuantizedLinear(nn.Linear):
 
     weight: int8 [out, in] or [out, in / 2]; weight_scale: [out] or [out, in / group_size]; bias: [out] or None.
 
-    Where torch's own INT4 product is the best that a CPU has (no llvmlite; it rounds activations to bfloat16),
-    `packed` holds the weight in torch's order from the first product on, and `weight` is empty. `restore` brings it
-    back, as moving, saving, copying and loading do first.
+    On a CPU without chatglm_cpu an INT4 layer makes a copy of its weight at its first product, as large as the weight,
+    in the order of PyTorch's own INT4 product. The copy is not counted, saved, copied or trained.
     """
 
     quantize_activations = False  # see ChatGLMConfig
-    shares_weight = False  # whether an embedding has the same
-    packed: Packed | None = None
 
     def __init__(
         self, in_features: int, out_features: int, bits: int, group_size: int = 0, bias: bool = True, device=None
@@ -185,6 +114,7 @@ class QuantizedLinear(nn.Linear):
         check_shape(in_features, bits, group_size)
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.bits, self.group_size = in_features, out_features, bits, group_size
+        self.copies: dict = {}
         weight = torch.empty(out_features, in_features * bits // 8, dtype=torch.int8, device=device)
         shape = (out_features, in_features // group_size) if group_size else (out_features,)
         self.weight = nn.Parameter(weight, requires_grad=False)
@@ -206,58 +136,30 @@ class QuantizedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         trained = x.requires_grad or (self.bias is not None and self.bias.requires_grad)
         if trained and torch.is_grad_enabled():
-            self.restore()
+            self.copies.clear()
             y = FrozenProduct.apply(x, self.weight, self.weight_scale, self.bits)
             return y if self.bias is None else y + self.bias.to(y.dtype)
-        if self._may_be_packed(x):
-            y = packed_linear(x.reshape(-1, self.in_features), self._pack(), self.weight_scale, self.bias)
-            return y.view(*x.shape[:-1], self.out_features)
-        self.restore()
-        return product(x, self.weight, self.weight_scale, self.bits, self.bias, self.quantize_activations)
-
-    def _may_be_packed(self, x: Tensor) -> bool:
-        if self.bits != 4 or self.shares_weight or x.device.type != "cpu" or self.weight.device.type != "cpu":
-            return False
-        if instruction_set() or "forward" in self.__dict__:  # better kernels; hooked: moved at will
-            return False
-        return can_be_packed(self.out_features, self.in_features)
-
-    def _pack(self) -> Packed:
-        packed = self.packed
-        if packed is not None and not self.weight.numel() and packed.scale is self.weight_scale:
-            return packed
-        with _packing, torch.inference_mode(False), torch.no_grad():
-            if not self.weight.numel():  # packed by another thread, or with another scale
-                self.weight = nn.Parameter(unpack(self.packed), requires_grad=False)
-            self.packed = packed = pack(self.weight, self.weight_scale)
-            # A parameter of its own: whoever holds the old one, autograd for instance, keeps it whole.
-            self.weight = nn.Parameter(self.weight.new_empty(self.out_features, 0), requires_grad=False)
-        return packed
-
-    def restore(self) -> None:
-        """Brings the official `weight` back."""
-        if self.packed is None:
-            return
-        with _packing, torch.inference_mode(False), torch.no_grad():
-            if self.packed is not None and not self.weight.numel():
-                self.weight = nn.Parameter(unpack(self.packed), requires_grad=False)
-            self.packed = None
+        moved = "forward" in self.__dict__  # by accelerate's hooks: another weight at each call, not worth a copy
+        copies = None if moved else self.copies
+        arguments = (self.weight, self.weight_scale, self.bits, self.bias, self.quantize_activations, copies)
+        return product(x, *arguments)
 
     def __getstate__(self):
-        self.restore()  # the packed order is this processor's
-        return self.__dict__.copy()
+        return {**self.__dict__, "copies": {}}  # their order is this processor's
 
     def _apply(self, function, *arguments, **named):
-        self.restore()
+        self.copies.clear()
         return super()._apply(function, *arguments, **named)
 
-    def _save_to_state_dict(self, *arguments):
-        self.restore()
-        super()._save_to_state_dict(*arguments)
-
-    def _load_from_state_dict(self, *arguments):
-        self.restore()
-        super()._load_from_state_dict(*arguments)
+    def dequantized(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """A plain layer with the same numbers, in `dtype` or that of the scale."""
+        dtype = dtype or self.weight_scale.dtype
+        layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        weight = dequantized(self.weight, self.weight_scale, self.bits, dtype)
+        layer.weight = nn.Parameter(weight)
+        if self.bias is not None:
+            layer.bias = nn.Parameter(self.bias.detach().to(dtype))
+        return layer
 
     def extra_repr(self) -> str:
         names = ("in_features", "out_features", "bits", "group_size")
@@ -276,6 +178,14 @@ class QuantizedEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         rows, scale = self.weight[ids.flatten()], self.weight_scale[ids.flatten()]
         return dequantize_weight(rows, scale, self.bits, scale.dtype).view(*ids.shape, self.embedding_dim)
+
+    def dequantized(self, dtype: torch.dtype | None = None) -> nn.Embedding:
+        """A plain one with the same numbers."""
+        dtype = dtype or self.weight_scale.dtype
+        embedding = nn.Embedding(self.num_embeddings, self.embedding_dim, device="meta")
+        weight = dequantized(self.weight, self.weight_scale, self.bits, dtype)
+        embedding.weight = nn.Parameter(weight)
+        return embedding
 
 
 def quantized_matrix(weight: Tensor, bits: int, group_size: int = 0, search: bool = False) -> tuple[Tensor, Tensor]:
@@ -299,6 +209,8 @@ def quantize_model(
     search: bool = False,
     quantize_activations: bool | None = None,
     progress: bool | None = None,
+    quantize_embeddings: bool = False,
+    **official,
 ) -> nn.Module:
     """Replaces the linear layers of every block by quantized ones, one matrix at a time, where they are.
 
@@ -310,31 +222,37 @@ def quantize_model(
         search: for each scale, the value with the least squared error rather than the largest weight's.
         quantize_activations: as in ChatGLMConfig; a switch that may be turned again at any time. None leaves it.
         progress: a progress bar; by default for models of a billion parameters and more.
+        quantize_embeddings: the official name for `quantize_head=bits`.
+        official: arguments of the official quantize() that mean nothing here (WITHOUT_MEANING) are accepted.
 
     Returns:
         the model itself.
 
     Raises:
-        ValueError: unknown bits or group size, or a model that is quantized differently already.
+        ValueError: unknown bits or group size, a model that is quantized differently already, or one whose weights are
+            offloaded; the model stays as it was.
+        TypeError: another argument.
     """
-    config = model.config
-    if bits == 0:
-        return switch_activations(model, quantize_activations) if config.quantization_bit else model
-    if bits not in LARGEST:
-        raise ValueError(f"quantize({bits}): use 8, 4, or 0 for no quantization")
+    accept_official(official)
+    config, quantize_head = model.config, quantize_head or (bits if quantize_embeddings else False)
+    if type(bits) is not int or bits not in (0, *LARGEST):
+        raise ValueError(f"quantize({bits!r}): use 8, 4, or 0 for no quantization")
     if quantize_activations not in (None, False, True):
         raise ValueError(f"quantize(quantize_activations={quantize_activations!r}): use False, True, or None")
+    if bits == 0:
+        return switch_activations(model, quantize_activations) if config.quantization_bit else model
     if config.quantization_bit:
-        refuse_other_format(config, bits, group_size, quantize_head)
+        refuse_second_format(config, bits, group_size, quantize_head)
         return switch_activations(model, quantize_activations)
     if group_size not in GROUP_SIZES or quantize_head not in (False, True, 4, 8):
         raise ValueError(
-            f"quantize(group_size={group_size}, quantize_head={quantize_head}): group_size is one of {GROUP_SIZES}, "
-            "quantize_head False, True, 4 or 8"
+            f"quantize(group_size={group_size!r}, quantize_head={quantize_head!r}): group_size is one of "
+            f"{GROUP_SIZES}, quantize_head False, True, 4 or 8"
         )
     layers = list(linear_layers(model.transformer.layers))
     for _, _, layer in layers:
         check_shape(layer.in_features, bits, group_size)
+    refuse_offloaded(model, f"quantize({bits})")
     if progress is None:
         progress = sum(parameter.numel() for parameter in model.parameters()) >= 10**9
     for parent, name, layer in progress_bar(layers, progress, f"quantizing to INT{bits}"):
@@ -346,6 +264,51 @@ def quantize_model(
     return switch_activations(model, quantize_activations)
 
 
+def accept_official(arguments: dict) -> None:
+    for name, value in arguments.items():
+        if name not in WITHOUT_MEANING:
+            raise TypeError(f"quantize() got an unexpected keyword argument {name!r}")
+        if value:
+            warn_once(f"quantize({name}={value!r}) has no effect here: {WITHOUT_MEANING[name]}")
+
+
+def refuse_offloaded(model: nn.Module, what: str) -> None:
+    """Weights that accelerate keeps on disk or elsewhere lie on the meta device until they are used."""
+    away = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
+    if away:
+        raise ValueError(
+            f"{what}: {len(away)} weights are offloaded and not in memory, {away[0]} for one; load the model without "
+            "device_map first, as `python slim.py SOURCE OUTPUT --bits` also does, and move it afterwards"
+        )
+
+
+@torch.no_grad()
+def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Replaces all quantized layers by plain ones with the same numbers, the reverse of quantize_model but for the
+    rounding; in `dtype`, by default that of the scales.
+
+    Returns:
+        the model itself.
+
+    Raises:
+        ValueError: weights are offloaded; the model stays as it was.
+    """
+    refuse_offloaded(model, "dequantize()")
+    embedding, tied = model.transformer.word_embeddings, model.config.tie_word_embeddings
+    quantized = (QuantizedLinear, QuantizedEmbedding)
+    found = [(p, n, layer) for p in model.modules() for n, layer in p.named_children() if isinstance(layer, quantized)]
+    for parent, name, layer in found:
+        setattr(parent, name, layer.dequantized(dtype).requires_grad_(model.config.pre_seq_len is None))
+    if isinstance(embedding, QuantizedEmbedding) and tied:
+        model.lm_head.weight = model.transformer.word_embeddings.weight
+    config = model.config
+    config.quantization_bit, config.quantization_group_size, config.quantize_head = 0, 0, False
+    config.quantize_activations = False
+    if found:
+        model._tied_weights_keys = type(model)._tied_weights_keys
+    return model
+
+
 def switch_activations(model: nn.Module, int8: bool | None) -> nn.Module:
     """Sets what ChatGLMConfig calls quantize_activations; None leaves it as it is."""
     if int8 is not None:
@@ -355,7 +318,7 @@ def switch_activations(model: nn.Module, int8: bool | None) -> nn.Module:
     return model
 
 
-def refuse_other_format(config, bits: int, group_size: int, quantize_head: bool | int) -> None:
+def refuse_second_format(config, bits: int, group_size: int, quantize_head: bool | int) -> None:
     present = (config.quantization_bit, config.quantization_group_size, config.quantize_head)
     if present == (bits, group_size, quantize_head) or (bits == present[0] and not group_size and not quantize_head):
         return
@@ -380,7 +343,6 @@ def quantize_embedding_and_head(model: nn.Module, search: bool) -> None:
     group_size = head_group_size(bits, model.config.quantization_group_size)
     tied = head.weight is transformer.word_embeddings.weight
     model.lm_head = QuantizedLinear.from_linear(head, bits, group_size, search)
-    model.lm_head.shares_weight = tied
     rows = model.lm_head if tied else as_linear(transformer.word_embeddings, bits, group_size, search)
     embedding = QuantizedEmbedding(head.out_features, head.in_features, bits, group_size, device="meta")
     embedding.weight, embedding.weight_scale = rows.weight, rows.weight_scale

@@ -1,0 +1,430 @@
+"""The one seam to fast kernels: each operation that the network computes in more than one way, and which way when.
+
+On a CPU `chatglm_cpu` computes, the engine in `cpu/` of the repository that this code comes from, where it is
+installed: it is looked for at the first use, and what it does not serve it answers with None. On a GPU it is
+cuda_kernels.py. Else PyTorch's own products for INT8 and INT4 serve, and last plain PyTorch, whose numbers all the
+others have to give. Nothing but plain PyTorch is used where somebody watches or changes what it computes.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+import types
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as modules_of_torch
+from transformers.utils import logging
+
+from .compat import cached_states, grows_in_place, is_tracing, reserve
+from .cuda_kernels import dequantize as cuda_dequantize
+from .cuda_kernels import linear as cuda_linear
+
+API_LEVEL = 1  # of chatglm_cpu, the least that this file asks for
+INSTALL = "`pip install ./cpu` in a clone of the ChatGLM-6B-Slim repository installs it"
+INT8_ROWS, INT4_ROWS = 16, 128  # up to so many rows PyTorch's own products beat unpacking the weight for a matmul
+ALIGNMENT = 16  # bytes, without which PyTorch's INT8 product crashes for several rows
+SMALLEST = 1 << 14  # weights of a matrix; below, unpacking takes no time, and rounds nothing to bfloat16
+INT4_GROUPS = (256, 128, 64, 32)  # columns a scale that PyTorch's INT4 product knows
+INT4_BLOCK = 64  # rows of a weight that it takes together on any processor
+PACKED_AT_ONCE = 1 << 20  # weights, which take four bytes each while they are packed
+
+logger = logging.get_logger(__name__)
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The engine, and whether it may be used
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def engine():
+    """The module chatglm_cpu, or None where it is missing, too old, or does not start (both said in one line)."""
+    try:
+        import chatglm_cpu
+    except ImportError as error:
+        if error.name == "chatglm_cpu":
+            return None
+        warn_once(f"the CPU engine does not start ({error}), PyTorch computes, several times slower: {INSTALL} again")
+        return None
+    except Exception as error:  # a broken installation breaks no model
+        warn_once(f"the CPU engine does not start ({error}), PyTorch computes, several times slower: {INSTALL} again")
+        return None
+    level = getattr(chatglm_cpu, "API_LEVEL", 0)
+    if level < API_LEVEL:
+        warn_once(
+            f"chatglm_cpu has API level {level} and this model's code asks for {API_LEVEL}: PyTorch computes, several "
+            f"times slower; {INSTALL} anew"
+        )
+        return None
+    return chatglm_cpu
+
+
+def hint_at_engine(weights: str) -> None:
+    if engine() is None and platform.machine().lower() in ("x86_64", "amd64"):
+        warn_once(f"{weights} weights are computed by PyTorch alone, and decode faster with chatglm_cpu: {INSTALL}")
+
+
+def torch_functions() -> tuple:
+    """What of PyTorch the kernels stand for."""
+    functions = (F.linear, F.layer_norm, F.gelu, F.scaled_dot_product_attention)
+    return (*functions, nn.Module.__call__, nn.Linear.forward, nn.LayerNorm.forward)
+
+
+def is_of_torch(function) -> bool:
+    code = getattr(function, "__code__", None)  # builtins have none; wrappers have that of another file
+    own = torch.__path__[0]
+    return isinstance(function, types.BuiltinFunctionType) if code is None else code.co_filename.startswith(own)
+
+
+TORCH = tuple(function if is_of_torch(function) else None for function in torch_functions())
+# A name that disappears counts as a hook: then plain PyTorch serves, and a test fails.
+GLOBAL_HOOKS = [
+    getattr(modules_of_torch, name, True) for name in ("_global_forward_hooks", "_global_forward_pre_hooks")
+]
+
+
+def is_watched() -> bool:
+    """Whether somebody traces, casts, counts or replaces PyTorch's operations, so that they must be called."""
+    if is_tracing() or torch.is_autocast_enabled("cpu") or torch._C._len_torch_dispatch_stack():
+        return True
+    return torch_functions() != TORCH
+
+
+def is_altered(module: nn.Module) -> bool:
+    """Whether calling the module does anything else than its class says."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Products
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """int8 [..., in / 2], the even column in the high nibble -> int8 [..., in]."""
+    return torch.stack((packed >> 4, (packed << 4) >> 4), dim=-1).flatten(-2)
+
+
+def dequantize_weight(weight: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """int8 or packed int4 weights -> [out, in]: integer times scale, computed and rounded once in `dtype`."""
+    values = (unpack_int4(weight) if bits == 4 else weight).to(dtype)
+    if scale.dim() == 1:
+        return values * scale.to(dtype)[:, None]
+    return (values.unflatten(1, (scale.shape[1], -1)) * scale.to(dtype)[:, :, None]).flatten(1)
+
+
+def product(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bits: int,
+    bias: Tensor | None = None,
+    int8_activations: bool = False,
+    copies: dict | None = None,
+) -> Tensor:
+    """x [..., in] times the transposed INT8 or INT4 weight, plus bias -> [..., out] in x's dtype.
+
+    Routes, in this order:
+    * CPU, something watched (`is_watched`): plain PyTorch;
+    * CPU: chatglm_cpu's `linear`, for contiguous weights with 4 n rows and 128 n columns, any number of rows of x;
+    * CPU, SMALLEST weights and more, up to INT8_ROWS rows, INT8 with a scale a row: PyTorch's `_weight_int8pack_mm` in
+      bfloat16; it needs a copy where the weight is not aligned, as in a mapped file;
+    * CPU, SMALLEST weights and more, up to INT4_ROWS rows, INT4: PyTorch's INT4 product in bfloat16, with a copy of
+      the weight in its own order;
+    * CUDA, not under torch.compile: cuda_kernels.linear;
+    * else the weight is dequantized for a matmul.
+
+    copies: where a layer keeps the copy of its weight, as large as the weight; None for no copies.
+    """
+    # Kernels want contiguous rows, and torch would repeat the weight for each row of a strided batch.
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    y = None
+    if x.device.type == "cpu" and not is_watched():
+        y = cpu_product(rows, weight, scale, bits, bias, int8_activations, copies)
+    elif x.device.type == "cuda" and not is_tracing():
+        y = cuda_linear(rows, weight, scale, bits)
+        y = y if y is None or bias is None else y.add_(bias)
+    if y is None:
+        y = F.linear(rows, dequantize_weight(weight, scale, bits, x.dtype), bias if bias is None else bias.to(x.dtype))
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def cpu_product(x, weight, scale, bits, bias, int8_activations, copies) -> Tensor | None:
+    hint_at_engine(f"INT{bits}")
+    cpu = engine()
+    if cpu is None and int8_activations:
+        warn_once(f"quantize_activations has no effect without chatglm_cpu: {INSTALL}")
+    y = None if cpu is None else cpu.linear(x, weight, scale, bits, bias, int8_activations)
+    if y is not None or weight.device.type != "cpu" or weight.shape[0] * x.shape[1] < SMALLEST:
+        return y
+    if bits == 8 and len(x) <= INT8_ROWS and scale.dim() == 1 and hasattr(torch, "_weight_int8pack_mm"):
+        aligned = weight if weight.data_ptr() % ALIGNMENT == 0 else kept_copy(copies, weight, scale, aligned_copy)
+        if aligned is not None:
+            ones = weight.new_ones(weight.shape[0], dtype=torch.bfloat16)
+            return scaled(torch._weight_int8pack_mm(x.bfloat16(), aligned, ones).float(), scale, bias, x.dtype)
+    if bits == 4 and len(x) <= INT4_ROWS and x.shape[1] % INT4_GROUPS[-1] == 0 and has_int4_product():
+        packed = kept_copy(copies, weight, scale, packed_copy)
+        if packed is not None:
+            y = torch._weight_int4pack_mm_for_cpu(x.bfloat16(), *packed)[:, : weight.shape[0]].float()
+            return scaled(y, scale if scale.dim() == 1 else None, bias, x.dtype)
+    return None
+
+
+def scaled(y: Tensor, scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Scales of whole rows are applied afterwards, where they are not rounded."""
+    y = y if scale is None else y * scale.float()
+    return (y if bias is None else y.add_(bias)).to(dtype)
+
+
+def linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x).
+
+    Routes: for a plain nn.Linear on a CPU with 16-bit weights, x in their type, no gradient and nothing watched or
+    hooked, chatglm_cpu's `linear`, which reads them at full memory speed; else the layer is called.
+    """
+    if type(layer) is nn.Linear and x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16):
+        weight, bias = layer.weight, layer.bias
+        trained = any(tensor is not None and tensor.requires_grad for tensor in (x, weight, bias))
+        altered = is_altered(layer) or any(GLOBAL_HOOKS) or is_watched()
+        if weight.dtype == x.dtype and not altered and not (trained and torch.is_grad_enabled()):
+            hint_at_engine("16-bit")
+            rows = x.reshape(-1, x.shape[-1]).contiguous()
+            y = None if engine() is None else engine().linear(rows, weight, None, 16, bias)
+            if y is not None:
+                return y.view(*x.shape[:-1], weight.shape[0])
+    return layer(x)
+
+
+def dequantized(weight: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """dequantize_weight.
+
+    Routes: chatglm_cpu's `dequantize`, cuda_kernels' `dequantize`, where they serve; else plain PyTorch.
+    """
+    fast = None
+    if weight.device.type == "cpu" and engine() is not None and not is_watched():
+        fast = engine().dequantize(weight, scale, bits, dtype)
+    elif weight.device.type == "cuda":
+        fast = cuda_dequantize(weight, scale, bits, dtype)
+    return dequantize_weight(weight, scale, bits, dtype) if fast is None else fast
+
+
+class FrozenProduct(torch.autograd.Function):
+    """`product` with a gradient for x; the weights are frozen."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        ctx.bits = bits
+        return product(x, weight, scale, bits)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        weight, scale = ctx.saved_tensors
+        return gradient @ dequantized(weight, scale, ctx.bits, gradient.dtype), None, None, None
+
+
+class Copy(NamedTuple):
+    """What was made of a weight and its scale. Their aliases keep anything else from getting their memory."""
+
+    weight: Tensor
+    scale: Tensor
+    versions: tuple[int, int]
+    made: object
+
+
+def kept_copy(copies: dict | None, weight: Tensor, scale: Tensor, make):
+    """make(weight, scale), kept in `copies` as long as the two are the same memory and not written to (PyTorch cannot
+    tell of writes through `.data`); None where nothing is to be kept, or writes are not counted, as in inference mode.
+    """
+    if copies is None or weight.is_inference() or scale.is_inference():
+        return None
+    versions, copy = (weight._version, scale._version), copies.get(make)
+    if copy is not None and copy.versions == versions:
+        same = (copy.weight.data_ptr(), copy.weight.shape) == (weight.data_ptr(), weight.shape)
+        if same and (copy.scale.data_ptr(), copy.scale.shape) == (scale.data_ptr(), scale.shape):
+            return copy.made
+    copies.clear()  # before there is a second one
+    with torch.inference_mode(False), torch.no_grad():
+        made = make(weight, scale)
+    copies[make] = Copy(weight.data, scale.data, versions, made)
+    return made
+
+
+def aligned_copy(weight: Tensor, scale: Tensor) -> Tensor:
+    return weight.clone()
+
+
+def packed_copy(weight: Tensor, scale: Tensor) -> tuple[Tensor, int, Tensor]:
+    """What PyTorch's INT4 product takes: the weight, with a few rows more, in its order, columns a scale, scales."""
+    rows = max(INT4_BLOCK, PACKED_AT_ONCE // (2 * weight.shape[1]) // INT4_BLOCK * INT4_BLOCK)
+    return torch.cat([pack_rows(part) for part in weight.split(rows)]), *group_scales(scale, 2 * weight.shape[1])
+
+
+def pack_rows(weight: Tensor) -> Tensor:
+    values = F.pad(unpack_int4(weight), (0, 0, 0, -len(weight) % INT4_BLOCK)).to(torch.int32).add_(8)
+    return torch._convert_weight_to_int4pack_for_cpu(values, 1)
+
+
+def group_scales(scale: Tensor, columns: int) -> tuple[int, Tensor]:
+    """(columns a scale, scales and zero points [groups, N, 2] bfloat16); for scales of whole rows ones stand in."""
+    missing = -len(scale) % INT4_BLOCK
+    if scale.dim() == 2:
+        scales = F.pad(scale.T, (0, missing))
+        return columns // scale.shape[1], torch.stack((scales, torch.zeros_like(scales)), dim=-1).bfloat16()
+    group = next(group for group in INT4_GROUPS if columns % group == 0)
+    return group, ones_as_scales(columns // group, len(scale) + missing)
+
+
+@functools.lru_cache(maxsize=16)
+def ones_as_scales(groups: int, rows: int) -> Tensor:
+    return torch.tensor([1.0, 0.0], dtype=torch.bfloat16, device="cpu").repeat(groups, rows, 1)
+
+
+@functools.cache
+def has_int4_product() -> bool:
+    """Whether this PyTorch has its INT4 product for CPUs and computes a small one right; if not, one line says so."""
+    try:
+        weight = torch.arange(INT4_BLOCK * 64, device="cpu").mul(167).to(torch.int8).view(INT4_BLOCK, 64)
+        x = torch.linspace(-1, 1, 128, dtype=torch.float32, device="cpu").bfloat16()[None]
+        y = torch._weight_int4pack_mm_for_cpu(x, pack_rows(weight), 128, ones_as_scales(1, INT4_BLOCK)).float()
+        exact, x = unpack_int4(weight).double(), x.double()
+        right = ((y - x @ exact.T).abs() <= 2.0**-7 * (x.abs() @ exact.abs().T)).all()
+    except (AttributeError, RuntimeError) as error:
+        warn_once(f"INT4 weights are unpacked for each product: PyTorch's INT4 product does not serve ({error})")
+        return False
+    if not right:
+        warn_once("INT4 weights are unpacked for each product: PyTorch's INT4 product gives wrong numbers here")
+    return bool(right)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What stands between the products
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
+    """query [B, H, S, D], key and value [B, H, K, D] -> [B, H, S, D].
+
+    Routes: on a CPU, where nothing is watched, chatglm_cpu's `attention`, which serves one new token of any type and
+    long prompts in bfloat16; else PyTorch's.
+    """
+    fast = None
+    if query.device.type == "cpu" and engine() is not None and not is_watched():
+        fast = engine().attention(query, key, value, visible)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible) if fast is None else fast
+
+
+def gelu(states: Tensor) -> Tensor:
+    """In the tanh form.
+
+    Routes: on a CPU in 16 bit, where nothing is watched, chatglm_cpu's, in half the time; else PyTorch's.
+    """
+    fast = None
+    if states.device.type == "cpu" and engine() is not None and not is_watched():
+        fast = engine().gelu(states)
+    return F.gelu(states, approximate="tanh") if fast is None else fast
+
+
+def decode_step(blocks: nn.ModuleList, final_norm: nn.Module, hidden: Tensor, rotary, cache, kinds) -> Tensor | None:
+    """The output [B, 1, hidden] of all blocks and the final norm for one new token; None: call the modules.
+
+    Routes: chatglm_cpu's `decode_program`, for up to four sequences on a CPU, without gradients, in a cache that grows
+    in place, through 16-bit or quantized layers, as long as the modules are what `described` knows; else None.
+
+    hidden: [B, 1, hidden], the embedding; rotary: the tables of its position, of hidden's type; cache: holds all other
+    tokens, all of them visible, and gets this one; kinds: the classes of block, attention, MLP, and quantized layer.
+    """
+    if type(hidden) is not Tensor or hidden.device.type != "cpu" or torch.is_grad_enabled() or engine() is None:
+        return None
+    if is_watched() or any(GLOBAL_HOOKS) or not grows_in_place(cache):
+        return None
+    network = described(blocks, final_norm, kinds)
+    if network is None or network.heads * network.head_size != hidden.shape[2]:
+        return None
+    new = hidden.view(len(hidden), network.heads, 1, network.head_size)
+    layers = [block.attention.layer_idx for block in blocks]
+    shapes = {states.shape for layer_idx in layers for states in cached_states(cache, layer_idx)}
+    if len(shapes) != 1 or not all((b, h, d) == (*new.shape[:2], new.shape[3]) for b, h, _, d in shapes):
+        return None
+    step = engine().decode_program(blocks, network, len(hidden), hidden.dtype, rotary[0].shape[4])
+    if step is None:
+        return None
+    states = [reserve(cache, layer_idx, new) for layer_idx in layers]
+    cos, sin = (table[..., -1, :].flatten(1) for table in rotary)
+    return step.run(hidden[:, 0], cos, sin, states).unsqueeze(1)
+
+
+def described(blocks: nn.ModuleList, final_norm: nn.Module, kinds: tuple[type, type, type, type]):
+    """The network as the engine takes it, tensors and numbers; None where calling the modules would do anything else
+    than their classes say. Attributes are looked up as the modules themselves would."""
+    cpu, (block_kind, attention_kind, mlp_kind, quantized) = engine(), kinds
+
+    def product_of(layer):
+        bits = layer.bits if type(layer) is quantized else 16
+        if type(layer) not in (nn.Linear, quantized) or is_altered(layer) or layer.bias is None:
+            raise TypeError
+        return cpu.Product(layer.weight, layer.bias, None if bits == 16 else layer.weight_scale, bits)
+
+    def norm_of(norm):
+        if type(norm) is not nn.LayerNorm or is_altered(norm) or norm.weight is None or norm.bias is None:
+            raise TypeError
+        if norm.normalized_shape != tuple(norm.weight.shape):
+            raise TypeError
+        return cpu.Norm(norm.weight, norm.bias, float(norm.eps))
+
+    layers, sizes = [], set()
+    try:
+        for block in blocks:
+            attention, mlp = block.attention, block.mlp
+            if (type(block), type(attention), type(mlp)) != (block_kind, attention_kind, mlp_kind):
+                return None
+            if is_altered(block) or is_altered(attention) or is_altered(mlp):
+                return None
+            sizes.add((attention.heads, attention.head_size))
+            before = norm_of(block.input_layernorm), *map(product_of, (attention.query_key_value, attention.dense))
+            after = norm_of(block.post_attention_layernorm), *map(product_of, (mlp.dense_h_to_4h, mlp.dense_4h_to_h))
+            layers.append(cpu.Layer(float(block.residual_scale), *before, *after))
+        return cpu.Network(*sizes.pop(), layers, norm_of(final_norm)) if len(sizes) == 1 else None
+    except (AttributeError, TypeError):  # a module of another kind
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where weights lie
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def move_to_huge_pages(model: nn.Module) -> None:
+    """Gives every module on the CPU new parameters in huge pages, one by one, so that a mapped file is released as
+    soon as its last one is done. Tied ones stay tied; who computes with an old one meanwhile keeps it. Buffers stay.
+
+    Routes: chatglm_cpu's `copy_to_huge_pages`; without it one line says so, and nothing is moved.
+    """
+    if engine() is None:
+        warn_once(f"to_huge_pages() needs chatglm_cpu, and the weights stay where they are: {INSTALL}")
+        return
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if type(parameter) is nn.Parameter and parameter.device.type == "cpu" and parameter.numel():
+                owners.setdefault(id(parameter), []).append((module, name))
+    copies: dict[tuple, Tensor] = {}  # parameters over the same memory get the same copy
+    with torch.inference_mode(False), torch.no_grad():
+        for places in owners.values():
+            old = places[0][0]._parameters[places[0][1]]
+            memory = (old.data_ptr(), old.dtype, old.shape, old.stride())
+            if memory not in copies:
+                copies[memory] = engine().copy_to_huge_pages(old.data)
+            new = nn.Parameter(copies[memory], requires_grad=old.requires_grad)
+            new.grad = old.grad
+            for module, name in places:
+                module._parameters[name] = new
