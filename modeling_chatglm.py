@@ -24,7 +24,6 @@ from torch.utils import checkpoint
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import logging
 
 # All files of the package: transformers before 5 copies only those that this one imports itself.
 from .chat import ChatMixin
@@ -54,8 +53,6 @@ try:  # 4.25
     from transformers import GenerationMixin
 except ImportError:
     from transformers.generation_utils import GenerationMixin
-
-logger = logging.get_logger(__name__)
 
 GET_WEIGHTS = (
     "this folder holds the code of ChatGLM-6B-Slim without weights: make a complete folder with "

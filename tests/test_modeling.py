@@ -666,7 +666,7 @@ def test_text_beyond_the_trained_length_works_with_one_warning(caplog):
         max_sequence_length=8,
     )
     model = ChatGLMForConditionalGeneration(config).eval()
-    import chatglm_slim.modeling_chatglm as module
+    import chatglm_slim.kernel_routes as module
 
     messages = []
     module.warn_once.cache_clear()
