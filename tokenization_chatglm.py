@@ -10,6 +10,7 @@ Unusual here, all of it fixed by the released checkpoints:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -78,12 +79,7 @@ def _text(value: Any, what: str) -> str:
 
 
 def _split_conversation(conversation: Any) -> tuple[str, list[tuple[str, str | None]]]:
-    """System text ("" without one) and rounds (query, answer); the last answer is None when it is still to come.
-
-    Args:
-        conversation: (query, answer) pairs, or messages {"role": "system" | "user" | "assistant", "content": str}:
-            at most one system message, first, then user and assistant in turn.
-    """
+    """System text ("" without one) and rounds (query, answer); the last answer is None when it is still to come."""
     if not isinstance(conversation, (list, tuple)):
         raise ValueError(f"The history is {conversation!r}, not a list of (query, answer) pairs or of messages.")
     if conversation and not isinstance(conversation[0], Mapping):
@@ -120,13 +116,11 @@ def _pair(turn: Any, index: int, unanswered: bool) -> tuple[str, str | None]:
 def _prompt(system: str, rounds: list[tuple[str, str | None]], generation: bool = True) -> str:
     """The official text before the last answer; without `generation` it ends where the last query does."""
     queries = [query for query, _ in rounds]
-    if system:
-        queries[0] = f"{system}\n{queries[0]}"
+    queries[0] = f"{system}\n{queries[0]}" if system else queries[0]
     if len(rounds) == 1:
         return queries[0]
-    lines = [
-        f"[Round {i}]\n问：{query}\n答：{answer}\n" for i, (query, (_, answer)) in enumerate(zip(queries, rounds))
-    ]
+    answers = [answer for _, answer in rounds]
+    lines = [f"[Round {i}]\n问：{query}\n答：{answer}\n" for i, (query, answer) in enumerate(zip(queries, answers))]
     lines[-1] = f"[Round {len(rounds) - 1}]\n问：{queries[-1]}\n" + ("答：" if generation else "")
     return "".join(lines)
 
@@ -207,10 +201,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         eos_token = "<eop>" if str(eos_token) == str(end_token) else eos_token
         tokens = {"bos": bos_token, "eos": eos_token, "unk": unk_token, "pad": pad_token, "mask": mask_token}
         # a special token swallows the white space beside it, as all of them did before transformers 4.34
-        special = {
-            f"{name}_token": token and AddedToken(str(token), lstrip=True, rstrip=True, normalized=False)
-            for name, token in tokens.items()
-        }
+        form = {"lstrip": True, "rstrip": True, "normalized": False}
+        special = {f"{name}_token": token and AddedToken(str(token), **form) for name, token in tokens.items()}
         super().__init__(
             **special,
             do_lower_case=do_lower_case,
@@ -272,7 +264,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     @property
     def sp_tokenizer(self) -> OfficialParts:
-        """The parts by the names of the official code, for converters and stream decoders.
+        """The official code's name for what does the work, for programs that reach into it: see OfficialParts.
 
         >>> tokenizer.sp_tokenizer["<sop>"] == tokenizer.bos_token_id, tokenizer.sp_tokenizer[5]
         (True, '▁')
@@ -419,8 +411,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             add_generation_prompt (False): end with the words and the tokens that call for an answer.
             continue_final_message (False): leave the answer at the end open, without `<eop>`, to be continued.
             tokenize (True): ids; otherwise the text, in which control tokens are not written.
-            padding (False), truncation (False), max_length (None), return_tensors (None): as in `__call__`; the
-                text is cut, but never the `[gMASK] <sop>` that calls for an answer.
+            padding, truncation, max_length, return_tensors: as in `__call__`; `[gMASK] <sop>` is not cut off.
             return_dict (None): None returns what transformers itself does: ids on 4.x, a BatchEncoding on 5.x.
             return_assistant_tokens_mask (False): add "assistant_masks": 1 for the answer after `[gMASK] <sop>`, the
                 only one that the model can learn from, since earlier ones are part of the prompt.
@@ -439,15 +430,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         if template is None and self.chat_template is None:
             return True
         for messages, generation in PROBES:
-            try:
+            options = {"chat_template": template, "add_generation_prompt": generation, "tokenize": False}
+            wanted = written = None  # refused
+            with contextlib.suppress(ValueError):
                 wanted = "".join(_chat_parts(messages, generation))
-            except ValueError:
-                wanted = None
-            try:
-                options = {"chat_template": template, "add_generation_prompt": generation}
-                written = super().apply_chat_template(messages, tokenize=False, **options)
-            except Exception:  # somebody else's template may fail as it likes; it will be rendered again, and say so
-                written = None
+            with contextlib.suppress(Exception):  # of whatever kind: the template will be used, and say so
+                written = super().apply_chat_template(messages, **options)
             if written != wanted:
                 return False
         return True
@@ -562,11 +550,10 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
 
 class OfficialParts:
-    """`tokenizer.sp_tokenizer`: what converters and stream decoders written for the official code read of it.
+    """What converters and stream decoders written for the official code read of `tokenizer.sp_tokenizer`.
 
-    vocab_file: the file that was loaded. text_tokenizer.sp: the SentencePieceProcessor of the complete model, and
-    text_tokenizer.num_tokens and num_text_tokens its pieces. num_image_tokens: ids before the first of them.
-    num_tokens: both together. `[token]` is an id, `[id]` a token.
+    `text_tokenizer.sp` is the SentencePieceProcessor of the complete model, `vocab_file` the file that was loaded,
+    `[token]` an id and `[id]` a token; the numbers are those of pieces, of image tokens before them, and of both.
     """
 
     def __init__(self, tokenizer: ChatGLMTokenizer) -> None:
