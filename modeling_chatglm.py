@@ -12,26 +12,25 @@ Shapes: B batch, S new tokens, K all keys (prefix and cached tokens too), H head
 R position rows (2 or 1), V vocabulary.
 """
 
-import functools
-import inspect
+import copy
 import os
 from typing import Any, NamedTuple, Optional, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils import checkpoint
-from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import PreTrainedModel
 
 # All files of the package: transformers before 5 copies only those that this one imports itself.
 from .chat import ChatMixin
 from .compat import (
     CACHE_NAME,
+    GenerationMixin,
     Past,
+    VersionedModel,
     as_cache,
     cached_length,
+    check_weight_files,
     chosen_attention,
     fixed_length,
     is_tracing,
@@ -48,11 +47,6 @@ from .quantization import (
     quantize_model,
     tied_head_keys,
 )
-
-try:  # 4.25
-    from transformers import GenerationMixin
-except ImportError:
-    from transformers.generation_utils import GenerationMixin
 
 GET_WEIGHTS = (
     "this folder holds the code of ChatGLM-6B-Slim without weights: make a complete folder with "
@@ -345,18 +339,12 @@ def embedding(config: ChatGLMConfig) -> nn.Module:
     return QuantizedEmbedding(config.vocab_size, config.hidden_size, config.head_bits, group_size)
 
 
-class ChatGLMPreTrainedModel(PreTrainedModel):
+class ChatGLMPreTrainedModel(VersionedModel):
     """Loading, saving and initialisation."""
 
     config_class = ChatGLMConfig
     base_model_prefix = "transformer"
-    supports_gradient_checkpointing = True
     _no_split_modules = ["GLMBlock"]
-    _skip_keys_device_placement = ["past_key_values", "cache"]
-    _supports_sdpa = True
-    _supports_cache_class = True  # 4.36 to 4.5x ask for it
-    _supports_static_cache = True
-    _can_compile_fullgraph = True
     # Buffers of the original; the frequencies follow from the head size.
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
 
@@ -371,30 +359,24 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, path, *args, **kwargs):
-        """As in transformers; without a dtype the checkpoint's own is kept (4.x alone would widen it to float32), and
-        the weights go straight into place where accelerate is installed. Checked on every rung of the ladder."""
-        if "dtype" not in kwargs and "torch_dtype" not in kwargs:
-            renamed = any(hasattr(ChatGLMConfig, name) for name in ("dtype", "torch_dtype"))  # 4.56
-            kwargs["dtype" if renamed else "torch_dtype"] = "auto"
-        kwargs.setdefault("low_cpu_mem_usage", has_accelerate())
-        if isinstance(path, (str, os.PathLike)) and os.path.isdir(path) and not kwargs.get("state_dict"):
-            folder = os.path.join(path, kwargs.get("subfolder") or "")
-            if not any(name.endswith((".safetensors", ".bin", ".index.json")) for name in os.listdir(folder)):
-                raise OSError(f"{path}: {GET_WEIGHTS}")
+        """As in transformers (compat.py says where not); refuses weights that are not what they are loaded as."""
         if not kwargs.get("state_dict"):
-            refuse_other_format(path, kwargs)
+            folder = os.path.join(path, kwargs.get("subfolder") or "") if isinstance(path, (str, os.PathLike)) else ""
+            if os.path.isdir(folder):
+                check_weight_files(folder, GET_WEIGHTS)
+            stored = stored_config(path, kwargs)
+            refuse_other_format(path, stored, kwargs)
+            stored_tie = stored.get("tie_word_embeddings", True)
+            kwargs["head_is_tied"] = getattr(kwargs.get("config"), "tie_word_embeddings", stored_tie)
         return super().from_pretrained(path, *args, **kwargs)
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in transformers, as safetensors on every version. Those below 4.35 must be asked to, must be told not to
-        store a tied head twice, and then take modeling_chatglm.py for an old weight file and delete it."""
-        asked = inspect.signature(PreTrainedModel.save_pretrained).parameters.get("safe_serialization")
-        if asked is None or asked.default is not False or kwargs.get("push_to_hub"):
-            return super().save_pretrained(save_directory, *args, **kwargs)
-        self._keys_to_ignore_on_save = list(self._tied_weights_keys) if self.config.tie_word_embeddings else None
-        super().save_pretrained(save_directory, *args, **{"safe_serialization": True, **kwargs})
-        custom_object_save(self, save_directory, config=self.config)
-        return None
+    def freeze(self) -> None:
+        for module in self.modules():
+            if isinstance(module, (QuantizedLinear, QuantizedEmbedding)):
+                module.requires_grad_(False)
+        if self.config.pre_seq_len is not None:
+            for name, parameter in self.named_parameters():
+                parameter.requires_grad_("prefix_encoder." in name)
 
     @property
     def position_encoding_2d(self) -> bool:
@@ -445,30 +427,25 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
 
-    def _set_gradient_checkpointing(self, module=None, value=False, enable=None, gradient_checkpointing_func=None):
-        # Below 4.35 called for every module with a value, later once with a switch and a function.
-        if enable is None:
-            if hasattr(module, "gradient_checkpointing"):
-                module.gradient_checkpointing = value
-            return
-        for module in self.modules():
-            if hasattr(module, "gradient_checkpointing"):
-                module.gradient_checkpointing = enable
 
-
-def refuse_other_format(path, arguments: dict[str, Any]) -> None:
-    """A checkpoint's weights are quantized as its own config.json says, whatever from_pretrained is asked for."""
-    config, names = arguments.get("config"), ("quantization_bit", "quantization_group_size", "quantize_head")
-    if config is None and not any(name in arguments for name in names):
-        return
+def stored_config(path, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The config.json beside the weights; empty where there is none."""
     of_hub = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
     where = {name: arguments[name] for name in (*of_hub, "use_auth_token") if name in arguments}
+    commit = getattr(arguments.get("config"), "_commit_hash", None)
     try:
-        stored, _ = ChatGLMConfig.get_config_dict(path, _commit_hash=getattr(config, "_commit_hash", None), **where)
-    except OSError:  # no config.json
-        stored = {}
+        return ChatGLMConfig.get_config_dict(path, _commit_hash=commit, **where)[0]
+    except OSError:
+        return {}
+
+
+def refuse_other_format(path, stored: dict[str, Any], arguments: dict[str, Any]) -> None:
+    """A checkpoint's weights are quantized as its own config.json says, whatever from_pretrained is asked for."""
+    config, names = arguments.get("config"), ("quantization_bit", "quantization_group_size", "quantize_head")
     if "model_type" not in stored:  # nothing is known
         return
+    if isinstance(config, (str, os.PathLike)):
+        config = ChatGLMConfig.from_pretrained(config)
     present = [stored.get(name) or 0 for name in names]
     if config is None:
         asked = [arguments.get(name, own) for name, own in zip(names, present)]
@@ -482,15 +459,6 @@ def refuse_other_format(path, arguments: dict[str, Any]) -> None:
         raise ValueError(f"{path} holds weights with {held}, and was to be loaded with {wanted}: {cure}")
 
 
-@functools.cache
-def has_accelerate() -> bool:
-    try:
-        import accelerate  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
 class ChatGLMModel(ChatGLMPreTrainedModel):
     """The network without its head."""
 
@@ -501,9 +469,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.gradient_checkpointing = False
         if config.pre_seq_len is not None:
-            self.requires_grad_(False)
             self.prefix_encoder = PrefixEncoder(config)
         self.post_init()
+        self.freeze()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.word_embeddings
@@ -577,13 +545,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
     def _run_blocks(self, hidden: Tensor, rotary, visible, past: Past, output_attentions: bool):
         """The embeddings and the output of each block, the last one after the final LayerNorm; attention weights."""
-        checkpointing = self.gradient_checkpointing and self.training
         hidden_states, attentions = [hidden], []
-        for layer in self.layers:
-            arguments = (hidden, rotary, visible, past, output_attentions)
-            # Never reentrant: that form loses the gradient of a P-tuning prefix.
-            step = functools.partial(checkpoint.checkpoint, layer, use_reentrant=False) if checkpointing else layer
-            hidden, weights = step(*arguments)
+        for layer_idx, layer in enumerate(self.layers):
+            block = self.checkpointed(layer, layer_idx)
+            hidden, weights = block(hidden, rotary, visible, past, output_attentions)
             hidden_states.append(hidden)
             attentions.append(weights)
         hidden_states[-1] = self.final_layernorm(hidden)
@@ -682,6 +647,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
 
     def __init__(self, config: ChatGLMConfig, *args, **kwargs):
+        config = copy.deepcopy(config)  # quantize() changes it: a model owns its configuration
         super().__init__(config, *args, **kwargs)
         self.transformer = ChatGLMModel(config)
         if config.head_bits:
@@ -692,9 +658,8 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
             self._tied_weights_keys = tied_head_keys()
         else:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.pre_seq_len is not None:
-            self.lm_head.requires_grad_(False)
         self.post_init()
+        self.freeze()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.transformer.word_embeddings

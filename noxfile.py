@@ -26,6 +26,7 @@ RUNGS = ["4.23.1", "4.26.1", "4.36.2", "4.41.2", "4.49.0", "4.57.6", "5.0.0", "5
 # test_compat.py holds a row of the table for each feature; the others are the ordinary tests of the package's files.
 FEATURES = "test_compat"
 SUITES = [
+    "loading",
     "configuration",
     "tokenization",
     "modeling",

@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -366,6 +367,133 @@ def test_quantized_checkpoint_reloads(bits, tmp_path, base, cases):
     assert generated(again, cases["base2d", "greedy0"]) == generated(model, cases["base2d", "greedy0"])
 
 
+@pytest.fixture(scope="module")
+def int4(tmp_path_factory, base) -> Path:
+    folder = tmp_path_factory.mktemp("compat") / "int4"
+    load(base).half().quantize(4).save_pretrained(folder)
+    return folder
+
+
+def trainable(model) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("low_memory", [{}, {"low_cpu_mem_usage": False}, {"low_cpu_mem_usage": True}], ids=str)
+@pytest.mark.parametrize("projection", [False, True])
+@pytest.mark.parametrize("kind", ["base", "int4"])
+def test_a_new_prefix_has_numbers_and_alone_is_trained(kind, projection, low_memory, request, cases):
+    needs(
+        (kind == "base" and not low_memory.get("low_cpu_mem_usage")) or hasattr(transformers, "GenerationConfig"),
+        "auto_map in a saved folder, and no new weights on the meta device",
+    )
+    folder = request.getfixturevalue(kind)
+    options = {"pre_seq_len": 3, "prefix_projection": projection}
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=True, **options)
+    model = load(folder, config=config, **low_memory).float()
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    prefix = {name for name, _ in model.named_parameters() if "prefix_encoder" in name}
+    assert trainable(model) == prefix and len(prefix) == (5 if projection else 1)
+    case = cases["base2d", "train_rightpad_grads"]
+    model(torch.tensor(case["input_ids"]), labels=torch.tensor(case["labels"])).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert (name in prefix) == (parameter.grad is not None and bool(parameter.grad.abs().sum() > 0))
+
+
+def test_what_quantization_froze_is_frozen_after_a_reload(base, int4):
+    needs(hasattr(transformers, "GenerationConfig"), "auto_map in a saved folder")
+    assert trainable(load(int4)) == trainable(load(base).quantize(4))
+
+
+def test_a_model_owns_its_configuration(base):
+    config = AutoConfig.from_pretrained(str(base), trust_remote_code=True)
+    for _ in range(2):
+        model = AutoModel.from_config(config, trust_remote_code=True).quantize(8)
+        assert (model.config.quantization_bit, config.quantization_bit) == (8, 0)
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory, base) -> Path:
+    """As a slim checkpoint: one matrix for embedding and head, stored once."""
+    folder = shutil.copytree(base, tmp_path_factory.mktemp("compat") / "tied")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_threads_load_complete_models(tied):
+    """transformers changes functions of torch for the whole process while it loads."""
+    loaded: list = []
+
+    def work():
+        for _ in range(4):
+            model = load(tied)
+            is_tied = model.lm_head.weight is model.transformer.word_embeddings.weight
+            loaded.append((is_tied, {parameter.device.type for parameter in model.parameters()}))
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert loaded == [(True, {"cpu"})] * 8
+
+
+@contextlib.contextmanager
+def messages_of_transformers():
+    messages: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record):
+            messages.append(record.getMessage())
+
+    listener, logger = Listener(), logging.getLogger("transformers")
+    logger.addHandler(listener)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(listener)
+
+
+def test_a_tied_head_is_not_called_newly_initialized(tied):
+    with messages_of_transformers() as messages:
+        model = load(tied)
+    assert not [message for message in messages if "lm_head" in message]
+    assert model.lm_head.weight is model.transformer.word_embeddings.weight
+    assert torch.equal(
+        model.lm_head.weight, load_file(tied / "model.safetensors")["transformer.word_embeddings.weight"]
+    )
+
+
+def saves_pickles() -> bool:
+    """Whether this version's own default is pytorch_model.bin (below 4.35)."""
+    parameter = inspect.signature(transformers.PreTrainedModel.save_pretrained).parameters.get("safe_serialization")
+    return parameter is not None and parameter.default is False
+
+
+def test_a_saved_folder_holds_exactly_the_files_of_the_table(tmp_path, base_model, base_tokenizer):
+    needs(hasattr(transformers, "GenerationConfig"), "auto_map in a saved folder")
+    base_model.save_pretrained(tmp_path)
+    base_tokenizer.save_pretrained(tmp_path)
+    separate = hasattr(transformers.PreTrainedTokenizerBase, "save_chat_templates")  # 4.50
+    weights = "pytorch_model.bin" if saves_pickles() else "model.safetensors"
+    expected = {"config.json", "generation_config.json", weights, "ice_text.model", "tokenizer_config.json"}
+    expected |= package_files() | ({"chat_template.jinja"} if separate else set())
+    names = {path.name for path in tmp_path.iterdir()} - {"special_tokens_map.json"}  # below 5
+    assert names - {"added_tokens.json", "__pycache__"} == expected
+
+
+def test_weights_are_saved_in_the_form_that_was_asked_for(tmp_path, base_model):
+    parameters = inspect.signature(transformers.PreTrainedModel.save_pretrained).parameters
+    needs("safe_serialization" in parameters, "choice of a format")
+    base_model.save_pretrained(tmp_path, safe_serialization=True)
+    assert {path.name for path in tmp_path.iterdir()} >= {"model.safetensors", "modeling_chatglm.py"}
+    stored = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(stored[name], tensor) for name, tensor in base_model.state_dict().items() if name in stored)
+
+
 def gradients(model, case: dict) -> tuple[dict, int]:
     """Gradients of one training step, and how often the first attention ran."""
     calls: list = []
@@ -388,6 +516,47 @@ def test_gradient_checkpointing(base, cases):
         torch.testing.assert_close(checkpointed[name], gradient, atol=1e-6, rtol=1e-5)
         if name in case["grad_l2"]:
             assert float(gradient.norm()) == pytest.approx(case["grad_l2"][name], rel=1e-3)
+
+
+def test_checkpointing_keeps_its_arguments(base, cases, monkeypatch):
+    parameters = inspect.signature(transformers.PreTrainedModel.gradient_checkpointing_enable).parameters
+    needs("gradient_checkpointing_kwargs" in parameters, "arguments for checkpointing")
+    case, model = cases["base2d", "train_rightpad_grads"], load(base).train()
+    given: list[dict] = []
+    checkpoint = torch.utils.checkpoint.checkpoint
+
+    def spy(function, *args, **kwargs):
+        given.append(kwargs)
+        return checkpoint(function, *args, **kwargs)
+
+    monkeypatch.setattr(sys.modules["transformers.modeling_utils"], "checkpoint", spy)
+    with messages_of_transformers() as messages:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"preserve_rng_state": False})
+    assert not [message for message in messages if "old version of the checkpointing format" in message]
+    gradients(model, case)
+    assert given == [{"preserve_rng_state": False, "use_reentrant": False}] * model.config.num_layers
+    model.gradient_checkpointing_disable()
+    gradients(model, case)
+    assert len(given) == model.config.num_layers
+
+
+def test_checkpointing_of_every_second_layer(base, cases):
+    enable = getattr(transformers.PreTrainedModel, "activation_checkpointing_enable", None)
+    needs(enable is not None, "checkpointing of some layers")
+    model = load(base).train()
+    model.activation_checkpointing_enable(every_n_layers=2)
+    assert gradients(model, cases["base2d", "train_rightpad_grads"])[1] == 2  # the first layer runs twice
+    model.transformer.layers[0], model.transformer.layers[1] = model.transformer.layers[1], model.transformer.layers[0]
+    assert gradients(model, cases["base2d", "train_rightpad_grads"])[1] == 2  # it goes by the place
+
+
+def test_configuration_may_ask_for_tuples(base, cases):
+    ids = torch.tensor(cases["base2d", "greedy0"]["input_ids"])
+    model = load(base, return_dict=False)
+    with torch.no_grad():
+        assert isinstance(model(ids), tuple) and isinstance(model.transformer(ids), tuple)
+        torch.testing.assert_close(model(ids)[0], model(ids, return_dict=True).logits)
+    assert generated(model, cases["base2d", "greedy0"]) == cases["base2d", "greedy0"]["output_ids"]
 
 
 def test_legacy_cache_tuple(base_model, cases):

@@ -104,3 +104,44 @@ def test_untied_matrices_of_a_checkpoint_stay_two(golden, tmp_path):
     assert torch.equal(model.lm_head.weight, stored["lm_head.weight"])
     assert torch.equal(model.transformer.word_embeddings.weight, stored["transformer.word_embeddings.weight"])
     assert not torch.equal(model.lm_head.weight, model.transformer.word_embeddings.weight)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1234\n"
+PART = (1000).to_bytes(8, "little") + b'{"a": {"dtype": "F16", "shape": [9], "data_offsets": [0, 18]}}'.ljust(1000)
+INDEX = b'{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}'
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"model.safetensors": POINTER}, "model.safetensors is a Git-LFS pointer.*git lfs pull"),
+        ({"pytorch_model.bin": POINTER}, "pytorch_model.bin is a Git-LFS pointer.*git lfs pull"),
+        ({"model.safetensors": PART}, "ends after 1,008 bytes.*download it again"),
+        ({"model.safetensors": PART[:500]}, "ends after 500 bytes.*download it again"),
+        ({"model.safetensors": b""}, "ends after 0 bytes.*download it again"),
+        ({"pytorch_model.bin": b"PK\3\4" + bytes(100)}, "ends after 104 bytes.*download it again"),
+        ({"model-00001-of-00002.safetensors": PART + bytes(18)}, "1 shards .* no model.safetensors.index.json"),
+        ({"pytorch_model-00001-of-00002.bin": b"PK"}, "1 shards .* no pytorch_model.bin.index.json"),
+        (
+            {"model.safetensors.index.json": INDEX, "model-00001-of-00002.safetensors": PART + bytes(18)},
+            "index.json names model-00002-of-00002.safetensors, which is not there",
+        ),
+        ({"model.safetensors.index.json": POINTER}, "index.json is a Git-LFS pointer"),
+    ],
+)
+def test_weights_that_cannot_be_loaded_are_told_apart_in_one_line(files, message, tmp_path):
+    shutil.copy(ROOT / "config.json", tmp_path)
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(OSError, match=message) as error:
+        ChatGLMForConditionalGeneration.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_quantized_folder_loads_with_its_own_configuration_given_as_a_path(golden, tmp_path):
+    folder = folder_of(golden, tmp_path, "base2d")
+    ChatGLMForConditionalGeneration.from_pretrained(folder).quantize(8).save_pretrained(tmp_path / "int8")
+    model = ChatGLMForConditionalGeneration.from_pretrained(tmp_path / "int8", config=str(tmp_path / "int8"))
+    assert model.config.quantization_bit == 8
+    with pytest.raises(ValueError, match="quantization_bit=8.*load it as it is"):
+        ChatGLMForConditionalGeneration.from_pretrained(tmp_path / "int8", config=str(folder))

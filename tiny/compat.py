@@ -6,14 +6,31 @@ reordering, batching) stays the base class's, because it only ever sees the view
 classes: a minimal stand-in serves there.
 """
 
+import contextlib
 import dataclasses
+import functools
 import inspect
+import json
+import os
+import re
+import threading
+import zipfile
 from typing import Optional
 
 import torch
-from torch import Tensor
+import transformers
+from torch import Tensor, nn
+from torch.utils import checkpoint
 from transformers import PreTrainedTokenizer
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
+
+try:  # 4.25
+    from transformers import GenerationMixin
+except ImportError:
+    from transformers.generation_utils import GenerationMixin  # noqa: F401
 
 try:  # 4.36
     from transformers.cache_utils import DynamicCache
@@ -41,6 +58,7 @@ except ImportError:
 
 # What generate calls the cache, in its arguments and in outputs: "past_key_values" before 5.24, "cache" since then.
 CACHE_NAME = "cache" if "cache" in {f.name for f in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
+logger = logging.get_logger(__name__)
 CHUNK = 256  # tokens of room that a full buffer grows by: 112 MiB for the 6B model in 16 bit
 
 
@@ -256,3 +274,172 @@ def chat_returns_dict() -> bool:
     method = getattr(PreTrainedTokenizer, "apply_chat_template", None)  # 4.34
     parameter = inspect.signature(method).parameters.get("return_dict") if method else None
     return bool(parameter and parameter.default)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading, saving, checkpointing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class VersionedModel(PreTrainedModel):
+    """PreTrainedModel with one behaviour on every version."""
+
+    supports_gradient_checkpointing = True
+    checkpoint_every, checkpoint_function = 1, staticmethod(checkpoint.checkpoint)
+    _supports_sdpa = True  # asked for since 4.36, as the next one is until 4.5x
+    _supports_cache_class = True
+    _supports_static_cache = True
+    _can_compile_fullgraph = True
+    _skip_keys_device_placement = ["past_key_values", "cache"]
+
+    @classmethod
+    def from_pretrained(cls, path, *args, **kwargs):
+        """As in transformers, but for this: without a dtype the checkpoint's own is kept (4.x would widen it to
+        float32); weights go straight into place where accelerate is installed; loads of several threads take turns,
+        because transformers changes things for the whole process meanwhile; what is frozen stays so (5.x makes new
+        parameters); what has no numbers yet gets some."""
+        if "dtype" not in kwargs and "torch_dtype" not in kwargs:
+            renamed = any(hasattr(cls.config_class, name) for name in ("dtype", "torch_dtype"))  # 4.56
+            kwargs["dtype" if renamed else "torch_dtype"] = "auto"
+        new_prefix = kwargs.get("pre_seq_len") or getattr(kwargs.get("config"), "pre_seq_len", None)
+        completes = hasattr(transformers, "GenerationConfig")  # below 4.25 what is new cannot be made on the way
+        kwargs.setdefault("low_cpu_mem_usage", has_accelerate() and (completes or not new_prefix))
+        with loading_lock(), cls._unmentioned_head(kwargs.pop("head_is_tied", False)):
+            loaded = super().from_pretrained(path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True
+        fill_missing(model)
+        model.freeze()
+        return loaded
+
+    @classmethod
+    @contextlib.contextmanager
+    def _unmentioned_head(cls, is_tied: bool):
+        """Versions that know nothing of tied keys (below 4.28) call a tied head "newly initialized"."""
+        known = cls._keys_to_ignore_on_load_missing
+        if is_tied and not hasattr(PreTrainedModel, "_tied_weights_keys"):
+            cls._keys_to_ignore_on_load_missing = [r"^lm_head\."]
+        try:
+            yield
+        finally:
+            cls._keys_to_ignore_on_load_missing = known
+
+    def freeze(self) -> None:
+        """Takes the gradient from parameters that are not to be trained."""
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers. Where the default is pytorch_model.bin (below 4.35) and safetensors are asked for, it
+        must be told not to store a tied head twice, and takes modeling_chatglm.py for an old weight file."""
+        asked = inspect.signature(PreTrainedModel.save_pretrained).parameters.get("safe_serialization")
+        if asked is None or asked.default is not False or not kwargs.get("safe_serialization"):
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        self._keys_to_ignore_on_save = list(self._tied_weights_keys) if self.config.tie_word_embeddings else None
+        super().save_pretrained(save_directory, *args, **kwargs)
+        custom_object_save(self, save_directory, config=self.config)
+        return None
+
+    if hasattr(PreTrainedModel, "_set_gradient_checkpointing"):  # 4.35; 5.23 adds the layers between
+
+        def _set_gradient_checkpointing(
+            self, enable=True, gradient_checkpointing_func=checkpoint.checkpoint, every_n_layers: int = 1
+        ):
+            for module in self.modules():
+                if hasattr(module, "gradient_checkpointing"):
+                    module.gradient_checkpointing, module.checkpoint_every = enable, every_n_layers
+                    module.checkpoint_function = gradient_checkpointing_func
+    else:  # called for each module
+
+        def _set_gradient_checkpointing(self, module, value=False):
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = value
+
+    def checkpointed(self, layer: nn.Module, layer_idx: int):
+        """The layer as a function that keeps nothing for its backward pass, where checkpointing asks for that. Never
+        reentrant: that form loses the gradient of a P-tuning prefix."""
+        if not (self.gradient_checkpointing and self.training) or layer_idx % self.checkpoint_every:
+            return layer
+        return functools.partial(self.checkpoint_function, layer, use_reentrant=False)
+
+
+def loading_lock():
+    """One lock for the process: each checkpoint's folder has a copy of this file, all share transformers."""
+    return vars(transformers).setdefault("_chatglm_loading_lock", threading.RLock())
+
+
+@functools.cache
+def has_accelerate() -> bool:
+    try:
+        import accelerate  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def fill_missing(model: PreTrainedModel) -> None:
+    """Initialises what is neither in the checkpoint nor offloaded: 4.36 to 4.49 take new tensors of equal size for
+    tied ones, and leave them on the meta device without a word."""
+    missing = [
+        (name, module)
+        for name, module in model.named_modules()
+        if any(parameter.is_meta for parameter in module.parameters(recurse=False)) and not hasattr(module, "_hf_hook")
+    ]
+    if not missing:
+        return
+    device = next((parameter.device for parameter in model.parameters() if not parameter.is_meta), "cpu")
+    for _, module in missing:
+        loaded = {name: own for name, own in module.named_parameters(recurse=False) if not own.is_meta}
+        module.to_empty(device=device, recurse=False)
+        model._init_weights(module)
+        module._parameters.update(loaded)
+    logger.warning(f"newly initialized, because the checkpoint has none: {', '.join(name for name, _ in missing)}")
+
+
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.(safetensors|bin)$")
+
+
+def check_weight_files(folder: str, without_weights: str) -> None:
+    """Raises an OSError of one line where a look at the files of a local folder shows why they cannot be loaded."""
+    names = set(os.listdir(folder))
+    found = next((n for name in SINGLE_FILES for n in (name, f"{name}.index.json") if n in names), None)
+    shards = sorted(filter(SHARD.search, names))
+    if found is None and shards:
+        single = SINGLE_FILES[shards[0].endswith(".bin")]
+        raise OSError(
+            f"{folder} has {len(shards)} shards of weights but no {single}.index.json: download that file too"
+        )
+    if found is None and not any(name.endswith((".safetensors", ".bin")) for name in names):
+        raise OSError(f"{folder}: {without_weights}")
+    for name in files_of_index(os.path.join(folder, found)) if found else ():
+        if name not in names:
+            raise OSError(f"{folder}: {found} names {name}, which is not there: download that file too")
+        fault = fault_of_file(os.path.join(folder, name))
+        if fault:
+            raise OSError(f"{os.path.join(folder, name)} {fault}")
+
+
+def files_of_index(path: str) -> list[str]:
+    """The shards that an index file names, and itself; of a single file itself alone."""
+    own = [os.path.basename(path)]
+    if not path.endswith(".json") or fault_of_file(path):
+        return own
+    with open(path, encoding="utf-8") as file:
+        return own + sorted(set(json.load(file)["weight_map"].values()))
+
+
+def fault_of_file(path: str) -> Optional[str]:
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        start = file.read(64)
+        if start.startswith(b"version https://git-lfs"):
+            return "is a Git-LFS pointer, not the file itself: run `git lfs pull` in its folder, or download it again"
+        whole = size
+        if path.endswith(".safetensors") and size >= 8:
+            header = int.from_bytes(start[:8], "little")
+            file.seek(8)
+            tensors = json.loads(file.read(header)) if 8 + header <= size <= 8 + header + 2**40 else {}
+            ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
+            whole = 8 + header + max(ends, default=0)
+        cut_zip = path.endswith(".bin") and start.startswith(b"PK") and not zipfile.is_zipfile(path)
+    if size < whole or cut_zip or not size:
+        return f"ends after {size:,} bytes: it was downloaded only in part; download it again"
+    return None
