@@ -26,6 +26,7 @@ IMAGE_ROWS = 20_000  # in front of the text rows of embedding and head in the fi
 SPELLED_LATER = 344  # pieces that the first release's SentencePiece file lacks
 PUBLISHED_ROWS = 150528  # of the first release, for adapters and prefixes that come without a tokenizer
 BLOCK_BYTES = 1 << 23
+MAX_LINE = 600  # characters of a difference
 EMBEDDING, HEAD = "transformer.word_embeddings.weight", "lm_head.weight"
 MATRIX = re.compile(r"\.(attention\.(query_key_value|dense)|mlp\.(dense_h_to_4h|dense_4h_to_h))\.weight")
 DTYPES = {"BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"}
@@ -57,14 +58,14 @@ class Stored:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def read_tensors(folder: Path, stems: tuple[str, ...] = ("model", "pytorch_model", "adapter_model")) -> dict:
+def read_tensors(folder: Path, only_safetensors: bool = False) -> dict[str, Stored]:
     """name -> Stored of the weights that transformers and PEFT would load from a folder.
 
     Raises:
         Difference: a tensor that is there twice.
     """
     tensors: dict[str, Stored] = {}
-    for name in weight_files(folder, stems):
+    for name in weight_files(folder, ("safetensors",) if only_safetensors else ("safetensors", "bin")):
         for stored in (safetensors_of if name.endswith(".safetensors") else pickled_of)(folder / name):
             if stored.name in tensors:
                 raise Difference(f"{stored.name} is in {tensors[stored.name].file} and in {stored.file}")
@@ -72,10 +73,10 @@ def read_tensors(folder: Path, stems: tuple[str, ...] = ("model", "pytorch_model
     return tensors
 
 
-def weight_files(folder: Path, stems: tuple[str, ...]) -> list[str]:
+def weight_files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
     """A single file goes before an index and safetensors before .bin; numbered shards may lack their index."""
-    for suffix in ("safetensors", "bin"):
-        for stem in stems:
+    for suffix in suffixes:
+        for stem in ("model", "adapter_model") if suffix == "safetensors" else ("pytorch_model", "adapter_model"):
             single, index = f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
             if (folder / single).exists():
                 return [single]
@@ -415,7 +416,7 @@ def check(source: Path, output: Path, options: Options) -> bool:
     tied = is_tied(case) if case.kind == "model" else None
 
     def tensors() -> None:
-        found.update(read_tensors(output, ("adapter_model",) if case.kind == "adapter" else ("model",)))
+        found.update(read_tensors(output, only_safetensors=True))
         compare_tensors(case, found, tied, proved)
 
     def files() -> None:
@@ -456,7 +457,9 @@ def guarded(part: str, compare: Callable[[], None], differences: list[str]) -> N
 
 def report(proved: Proved, differences: list[str]) -> bool:
     for difference in differences:
-        print(f"DIFFERENT: {difference}")
+        # what a file holds is shown and not obeyed: no escape sequence reaches the terminal
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in difference)
+        print(f"DIFFERENT: {line[:MAX_LINE]}")
     if differences:
         return False
     print(

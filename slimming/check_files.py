@@ -38,15 +38,15 @@ FLOAT_TYPES = ("float16", "bfloat16", "float32", "float64")
 MODEL_CLASS = "modeling_chatglm.ChatGLMForConditionalGeneration"
 AUTO_MAP = {"AutoConfig": "configuration_chatglm.ChatGLMConfig", "AutoModel": MODEL_CLASS}
 AUTO_MAP.update({"AutoModelForCausalLM": MODEL_CLASS, "AutoModelForSeq2SeqLM": MODEL_CLASS})
-# Text that may stand in a configuration: it names no code and no place.
-TEXTS = {
-    "transformers_version": r"[\w.+-]{1,40}",
-    "tokenizer_class": "ChatGLMTokenizer",
-    "code_version": r"[\w.+-]{1,40}",
-}
+# Fields that say nothing of the network; text among them names no code and no place.
+VERSION = r"[\w.+-]{1,40}"
+FURTHER_TEXTS = {"transformers_version": VERSION, "code_version": VERSION, "tokenizer_class": "ChatGLMTokenizer"}
+FURTHER_TEXTS["early_stopping"] = "never"
 LABELS = {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}, "pruned_heads": {}}
-SAMPLING = ("do_sample", "num_beams", "top_k", "top_p", "temperature", "repetition_penalty", "max_length", "use_cache")
-SAMPLING += ("max_new_tokens", "min_length", "length_penalty", "no_repeat_ngram_size", "num_return_sequences")
+SWITCHES = ("do_sample", "use_cache")
+COUNTS = ("max_length", "max_new_tokens", "min_length", "top_k", "num_beams", "no_repeat_ngram_size")
+COUNTS += ("num_return_sequences",)
+NUMBERS = ("temperature", "top_p", "repetition_penalty", "length_penalty")
 TEXT_CHOICES = {"do_lower_case": bool, "remove_space": bool, "model_max_length": (int, float)}
 TEXT_CHOICES["clean_up_tokenization_spaces"] = bool
 LORA_NUMBERS = ("peft_type", "r", "lora_alpha", "target_modules", "modules_to_save", "use_rslora", "use_dora", "bias")
@@ -198,7 +198,7 @@ def expected_config(case: Case, config: dict, tensors: dict[str, Stored], tied: 
     own = case.config
     expected: dict[str, tuple] = {}
     for name, default in NETWORK.items():
-        value = own.get(name)
+        value = own.get(name, own.get("num_hidden_layers") if name == "num_layers" else None)
         value = default if value is None else value
         expected[name] = (value, ..., None) if same(value, default) else (value,)
     for name in IDS:
@@ -285,11 +285,11 @@ def moved(case: Case, value: Any) -> Any:
 
 def judge_further_field(file: str, name: str, value: Any, own: dict[str, Any], case: Case) -> None:
     """A field that the format doesn't know may be a number or a switch of the source, and some are known text."""
-    if name in TEXTS and isinstance(value, str) and re.fullmatch(TEXTS[name], value):
+    if name in FURTHER_TEXTS and isinstance(value, str) and re.fullmatch(FURTHER_TEXTS[name], value):
         return
     if name == "_name_or_path" and isinstance(value, str) and value in (own.get(name), "", "ChatGLM-6B-Slim"):
         return
-    if name in LABELS and value == LABELS[name] or name == "code_version":
+    if name in LABELS and value == LABELS[name]:
         return
     ids = name.endswith("_token_id")
     plain = value is None or isinstance(value, (bool, int, float)) or ids and isinstance(value, list)
@@ -318,12 +318,21 @@ def compare_generation(case: Case, found: dict[str, Any], config: dict[str, Any]
             expected[name] = (config.get(name),)
         else:
             expected[name] = (moved(case, value),)
-    for name in SAMPLING:
-        if isinstance(own.get(name), (bool, int, float)):
+    for name in (*SWITCHES, *COUNTS, *NUMBERS):
+        if is_setting(name, own.get(name)):
             expected[name] = (own[name],)
     expect("generation_config.json", found, expected)
     for name in sorted(set(found) - set(expected)):
         judge_further_field("generation_config.json", name, found[name], own, case)
+
+
+def is_setting(name: str, value: Any) -> bool:
+    """Whether a source's choice about sampling is one, so that it must stay."""
+    if name in SWITCHES:
+        return isinstance(value, bool)
+    return (
+        type(value) is int and 0 <= value < 2**31 or name in NUMBERS and isinstance(value, float) and 0 <= value < 1e9
+    )
 
 
 def compare_tokenizer_settings(case: Case, output: Path) -> None:
