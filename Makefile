@@ -5,7 +5,8 @@
 # make tiny   train the checkpoint in tiny/ again
 # make clean  remove the environment and everything that was built
 #
-# Needs python3 with its venv module, and make. Everything is installed into .venv.
+# Needs python3 (3.11 or newer) with its venv module, and make. Everything is installed into .venv. Without an NVIDIA
+# driver PyTorch's CPU builds are taken; TORCH_INDEX=URL names another index of it, TORCH_INDEX=default pip's own.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,6 +14,7 @@ MODEL ?= tiny
 DTYPE ?=
 DEVICE ?=
 ARGS ?=
+TORCH_INDEX ?=
 TESTS ?= tests
 
 BIN := $(VENV)/bin
@@ -47,13 +49,8 @@ clean:
 	rm -rf $(VENV) .nox .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# torch goes first and by itself: it is by far the largest, and everything else only has to fit it.
 $(RUNTIME): requirements.txt
-	@test -x $(BIN)/pip || { echo "making $(VENV)"; $(PYTHON) -m venv --clear $(VENV); } || \
-		{ echo "python3 cannot make environments: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
-	@echo "installing requirements.txt into $(VENV) (once)"
-	@$(BIN)/python -m pip install --disable-pip-version-check "$$(grep '^torch==' requirements.txt)"
-	@$(PIP) -r requirements.txt
+	@$(PYTHON) install.py --venv "$(VENV)" --torch-index "$(TORCH_INDEX)"
 	@touch $@
 
 $(DEV): requirements-dev.txt $(RUNTIME)

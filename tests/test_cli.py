@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_compat import make_folder
@@ -40,13 +41,15 @@ def command(model: Path, *options: str) -> list[str]:
 class Terminal:
     """The program on a pseudo-terminal."""
 
-    def __init__(self, argv: list[str]):
+    def __init__(self, argv: list[str], **environment: str):
         import pty
 
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell ignores for its background jobs
-            os.environ.update(TERM="xterm-256color", LANG="C.UTF-8", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+            os.environ.update(
+                TERM="xterm-256color", LANG="C.UTF-8", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", **environment
+            )
             os.execv(argv[0], argv)
         self.seen = ""
         self.raw = b""
@@ -110,6 +113,31 @@ def test_a_conversation_in_a_terminal(talker):
     assert terminal.exit_code() == 0
 
 
+@pytest.mark.parametrize("name", ["C", "POSIX"])
+def test_chinese_can_be_typed_and_deleted_in_a_locale_without_letters(talker, name):
+    pytest.importorskip("pty")
+    pytest.importorskip("readline")
+    terminal = Terminal(command(talker), LC_ALL=name)
+    at = terminal.wait_for(cli_chat.ASK.strip())
+    terminal.type("你好吗\x7f\n")  # the key Backspace takes a whole character
+    at = terminal.wait_for(f"{cli_chat.ANSWER}{GREETING}\n", at)
+    at = terminal.wait_for(cli_chat.ASK.strip(), at)
+    terminal.type("\t\t\n")  # a tab lists no files
+    at = terminal.wait_for(cli_chat.ASK.strip(), at)
+    assert "pyproject.toml" not in terminal.seen
+    terminal.type("/bye\n")
+    assert terminal.exit_code() == 0
+
+
+def test_ctrl_c_while_loading_ends_the_program_without_a_traceback(talker):
+    pytest.importorskip("pty")
+    terminal = Terminal(command(talker))
+    terminal.wait_for("loading")
+    terminal.type(CTRL_C)
+    assert terminal.exit_code() == cli_chat.INTERRUPTED
+    assert "stopped while loading" in terminal.seen and "Traceback" not in terminal.seen
+
+
 def test_ctrl_c_stops_the_answer_and_not_the_program(endless):
     """On the way: pasted lines are one question, and so are lines continued with a backslash."""
     pytest.importorskip("pty")
@@ -130,8 +158,9 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(endless):
     assert terminal.seen.count(cli_chat.ANSWER) == 2
 
 
-def run(model: Path, typed: str, *options: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
+def run(model: Path, typed: str, *options: str, **environment: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    environment.pop("PYTHONIOENCODING", None)
     return subprocess.run(
         command(model, *options), input=typed, capture_output=True, text=True, encoding="utf-8", env=environment
     )
@@ -152,11 +181,97 @@ def test_dtype_and_bits_are_applied_and_shown(talker):
     assert done.stdout.count(cli_chat.ANSWER) == 1
 
 
+def test_pipes_are_utf_8_whatever_the_code_page(talker):
+    done = run(talker, "你好\n", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")  # Python's encoding is ASCII
+    assert done.returncode == 0, done.stderr
+    assert f"{cli_chat.ANSWER}{GREETING}\n" in done.stdout
+
+
+def test_words_that_are_commands():
+    leave = ["stop", "exit", "quit", " Quit ", "/stop", "/exit", "/quit", "/bye"]
+    assert all(cli_chat.command(line) in cli_chat.LEAVE for line in leave)
+    assert cli_chat.command("clear") == cli_chat.command("/clear") == cli_chat.CLEAR
+    assert cli_chat.command("/help") == cli_chat.command("/?") == cli_chat.command("/halp") == "/help"
+    assert not any(map(cli_chat.command, ["", "bye", "help", "stop it", "/etc/passwd", "/", "你好"]))
+
+
+# --- what cannot be loaded ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("nowhere/at/all", "there is no such folder"),
+        ("./nowhere", "there is no such folder"),
+        ("/nowhere", "there is no such folder"),
+        ("~/nowhere", "there is no such folder"),
+        ("", "the name is empty"),
+        (str(ROOT / "cli_chat.py"), "this is a file"),
+        (str(ROOT / "tests"), "no config.json"),
+        (str(ROOT / "tests" / "golden" / "model" / "base2d"), r"slim.py .*base2d OUTPUT --repackage` makes"),
+    ],
+)
+def test_a_name_that_leads_to_no_model_is_refused_with_the_reason(name, message):
+    with pytest.raises(ValueError, match=message):
+        cli_chat.find(name)
+
+
 def test_a_folder_that_is_none_gives_one_line_and_an_exit_code(tmp_path):
     done = run(tmp_path / "nowhere", "")
-    assert done.returncode == 1
-    assert "nowhere" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert (done.returncode, done.stdout) == (1, f"loading {tmp_path / 'nowhere'} …\n")
+    assert done.stderr == f"cannot load {tmp_path / 'nowhere'}: there is no such folder\n"
+
+
+def test_the_home_folder_may_be_a_tilde(talker, monkeypatch):
+    monkeypatch.setenv("HOME", str(talker.parent))
+    monkeypatch.setenv("USERPROFILE", str(talker.parent))
+    assert cli_chat.find(f"~/{talker.name}") == {"pretrained_model_name_or_path": str(talker)}
+
+
+def hub_answers(monkeypatch, answer, cached=None) -> list:
+    """What the Hub says from now on, and what its cache holds; returns the names that it is asked for."""
+    import huggingface_hub
+
+    asked = []
+
+    def model_info(self, name, timeout):
+        asked.append(name)
+        if isinstance(answer, Exception):
+            raise answer
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: cached)
+    return asked
+
+
+def test_a_name_on_the_hub_is_asked_for_once(monkeypatch, capsys):
+    asked = hub_answers(monkeypatch, None)
+    assert cli_chat.find("someone/chatglm-6b-slim") == {"pretrained_model_name_or_path": "someone/chatglm-6b-slim"}
+    unreachable = ConnectionError("Name or service not known\nand more")
+    hub_answers(monkeypatch, unreachable, "/cache/config.json")
+    assert cli_chat.find("a/b") == {"pretrained_model_name_or_path": "a/b", "local_files_only": True}
+    assert "copy of an earlier download" in capsys.readouterr().out
+    again = hub_answers(monkeypatch, unreachable)
+    with pytest.raises(ValueError, match=r"no folder of this name here, .* does not answer \(Name or .* known\)$"):
+        cli_chat.find("a/b")
+    assert (asked, again) == (["someone/chatglm-6b-slim"], ["a/b"])
+
+
+def test_a_name_that_the_hub_does_not_know_is_no_matter_of_the_network(monkeypatch):
+    from huggingface_hub.utils import HfHubHTTPError
+
+    error = HfHubHTTPError.__new__(HfHubHTTPError)  # what its making takes differs from version to version
+    Exception.__init__(error, "404 Client Error")
+    error.response = SimpleNamespace(status_code=404)
+    hub_answers(monkeypatch, error, "/cache/config.json")
+    with pytest.raises(ValueError, match="no model on the Hub that you may read"):
+        cli_chat.find("a/b")
+
+
+def test_a_device_that_this_pytorch_cannot_use_is_named_before_anything_is_loaded(talker):
+    for device in ("cuda:99", "abacus"):
+        with pytest.raises(ValueError, match=f"device '{device}' is of no use here: "):
+            cli_chat.load(cli_chat.parse(["--model", str(talker), "--device", device]))
 
 
 class ScriptedModel:

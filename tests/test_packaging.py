@@ -11,6 +11,8 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
+import install
+
 ROOT = Path(__file__).resolve().parents[1]
 READMES = [ROOT / "README.md", ROOT / "README_zh.md"]
 
@@ -45,10 +47,29 @@ def test_the_newest_rung_is_the_pinned_transformers_and_readme_names_every_rung(
         assert all(version in text for version in versions)
 
 
+def test_one_range_of_python_versions_stands_everywhere():
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    prefix = "Programming Language :: Python :: "
+    run = [line.removeprefix(prefix) for line in project["classifiers"] if line.startswith(prefix)]
+    oldest, newest = ".".join(map(str, install.OLDEST)), run[-1]
+    assert project["requires-python"] == f">={oldest}" and run[0] == oldest
+    assert oldest in (ROOT / "Makefile").read_text()
+    for readme in READMES:
+        text = readme.read_text(encoding="utf-8")
+        assert oldest in text and newest in text
+
+
 @pytest.mark.parametrize("target", ["chat", "test", "ladder", "tiny", "clean"])
 def test_make_targets_exist(target):
     done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_torch_index_reaches_the_installation(tmp_path):
+    command = ["make", "-n", f"{tmp_path}/.runtime-installed", f"VENV={tmp_path}", "TORCH_INDEX=https://mirror/cpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert f'install.py --venv "{tmp_path}" --torch-index "https://mirror/cpu"' in done.stdout
 
 
 def test_chat_variables_reach_the_program():
