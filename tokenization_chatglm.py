@@ -398,7 +398,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """
         return self.build_inputs_with_special_tokens(self.encode_text(self.build_prompt(query, history)))
 
-    def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **options: Any) -> Any:
+    def apply_chat_template(self, conversation: Any, *, chat_template: str | None = None, **options: Any) -> Any:
         """A conversation, or a list of them, as text or ids: the ids of `build_chat_input_ids`.
 
         Overridden (4.23, which has no such method, to 5.24) because a template is rendered before it is encoded, so

@@ -24,6 +24,13 @@ def edit_json(path: Path, **changes) -> None:
     path.write_text(json.dumps(content))
 
 
+def edit_bytes(path: Path, old: bytes, new: bytes, after: int | None = None) -> None:
+    """Replaces the first `old` behind a place (None: the end, where there is nothing left)."""
+    content = path.read_bytes()
+    place = len(content) if after is None else content.index(old, after)
+    path.write_bytes(content[:place] + new + content[place + len(old) :])
+
+
 def edit_header(path: Path, edit) -> None:
     """Lets `edit` change the header of a safetensors file; the data behind it stays."""
     content = path.read_bytes()
@@ -171,6 +178,10 @@ CASES = {
     "NaN in an embedding row": (
         1, lambda s: write_state(s, embedding=with_nan(20007)), Exit.NONFINITE, "row 7"),
     "Inf in a layer": (1, lambda s: write_state(s, layer=with_inf), Exit.NONFINITE, "row 2"),
+    "tokenizer with a damaged piece": (
+        1, lambda s: edit_bytes(s / "ice_text.model", b"\x0a", b"\x0b", after=2000), Exit.WRONG_TOKENIZER, "damaged"),
+    "tokenizer with an endless number": (
+        1, lambda s: edit_bytes(s / "ice_text.model", b"", b"\xff" * 400_000), Exit.WRONG_TOKENIZER, "without an end"),
     "no tokenizer": (1, lambda s: (s / "ice_text.model").unlink(), Exit.WRONG_TOKENIZER, "--tokenizer"),
     "tokenizer is no SentencePiece model": (
         1, lambda s: (s / "ice_text.model").write_bytes(b"hello"), Exit.WRONG_TOKENIZER, "SentencePiece"),

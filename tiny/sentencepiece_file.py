@@ -45,6 +45,10 @@ class Piece(NamedTuple):
     end: int
 
 
+def _damaged(what: str) -> ValueError:
+    return ValueError(f"A SentencePiece model that is cut off or damaged ({what}); {CURE}")
+
+
 def _read_varint(data: bytes, start: int) -> tuple[int, int]:
     """The base-128 number at `start` and the index after it; ten bytes hold the longest one, of 64 bits."""
     if start < len(data) and data[start] < 128:  # nearly all of them
@@ -54,7 +58,7 @@ def _read_varint(data: bytes, start: int) -> tuple[int, int]:
         value |= (byte & 127) << 7 * count
         if byte < 128:
             return value, start + count + 1
-    raise ValueError("a number without an end")
+    raise _damaged("a number without an end")
 
 
 def _varint(value: int) -> bytes:
@@ -68,7 +72,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, bytes, int, int]]:
         key, position = _read_varint(message, start)
         kind = key & 7
         if kind not in (0, 1, 2, 5):
-            raise ValueError(f"a field of kind {kind}")
+            raise _damaged(f"a field of kind {kind}")
         length = {1: 8, 5: 4}.get(kind, 0)
         if kind == 2:
             length, position = _read_varint(message, position)
@@ -76,7 +80,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, bytes, int, int]]:
             length = _read_varint(message, position)[1] - position
         end = position + length
         if end > len(message):
-            raise ValueError("cut off")
+            raise _damaged(f"{length:,} bytes at {position:,} of {len(message):,}")
         yield key >> 3, message[position:end], start, end
         start = end
 
@@ -91,10 +95,11 @@ def read_pieces(model: bytes) -> Iterator[Piece]:
         if number == PIECES:
             found = {TEXT: b"", SCORE: bytes(4), TYPE: bytes((NORMAL,))}
             found.update((key, content) for key, content, *_ in _fields(message))
-            if len(found[SCORE]) != 4:
-                raise ValueError("a score that is no float")
-            (score,), (kind, _) = struct.unpack("<f", found[SCORE]), _read_varint(found[TYPE], 0)
-            yield Piece(found[TEXT].decode(), score, kind, start, end)
+            try:
+                text, (score,) = found[TEXT].decode(), struct.unpack("<f", found[SCORE])
+            except (UnicodeDecodeError, struct.error) as error:
+                raise _damaged(str(error)) from error
+            yield Piece(text, score, _read_varint(found[TYPE], 0)[0], start, end)
 
 
 def _field(number: int, content: bytes) -> bytes:
@@ -123,23 +128,17 @@ def complete_sentencepiece(model: bytes) -> bytes:
         ValueError: `model` is no SentencePiece model of this family, or has only a part of the 344 pieces.
     """
     try:
-        first = tuple(piece.text for _, piece in zip(BASE_PIECES, read_pieces(model)))
+        first = [piece.text for _, piece in zip(BASE_PIECES, read_pieces(model))]
     except ValueError as error:
-        raise ValueError(f"{len(model)} bytes that are no SentencePiece model ({error}); {CURE}") from error
-    if first != BASE_PIECES:
-        raise ValueError(f"A SentencePiece model that begins with {list(first)}, not {list(BASE_PIECES)}; {CURE}")
-    extension = b"".join(_entry(*piece) for piece in EXTENSION)
+        raise ValueError(f"{len(model):,} bytes that are no SentencePiece model; {CURE}") from error
+    if tuple(first) != BASE_PIECES:
+        raise ValueError(f"A SentencePiece model that begins with {first}, not with {list(BASE_PIECES)}; {CURE}")
+    extension, added = b"".join(_entry(*piece) for piece in EXTENSION), {piece for piece, _ in EXTENSION}
     _, found, rest = model.partition(extension)
-    added = {piece for piece, _ in EXTENSION}
-    try:
-        known = sum(piece.text in added for piece in read_pieces(rest if found else model))
-        trainers = [one for number, *one in _fields(rest if found else model) if number == TRAINER]
-        if len(trainers) != 1:
-            raise ValueError(f"{len(trainers)} settings of a training, not one")
-        trainer, start, end = trainers[0]
-        trainer = _field(TRAINER, _with_byte_fallback(trainer))
-    except ValueError as error:
-        raise ValueError(f"A SentencePiece model that is cut off or damaged ({error}); {CURE}") from error
+    known = sum(piece.text in added for piece in read_pieces(rest if found else model))
+    trainers = [one for number, *one in _fields(rest if found else model) if number == TRAINER]
+    if len(trainers) != 1:
+        raise _damaged(f"the settings of {len(trainers)} trainings")
     if found:
         return model
     if known:
@@ -147,7 +146,8 @@ def complete_sentencepiece(model: bytes) -> bytes:
             f"{known} of the {len(EXTENSION)} pieces that the first release lacked are there, and not all of them "
             f"as the final release has them; {CURE}"
         )
-    return model[:start] + extension + trainer + model[end:]
+    trainer, start, end = trainers[0]
+    return model[:start] + extension + _field(TRAINER, _with_byte_fallback(trainer)) + model[end:]
 
 
 def read_complete(path: str | os.PathLike) -> tuple[bytes, bool]:
