@@ -86,7 +86,17 @@ def test_python_examples_of_the_readme_run(monkeypatch, capsys):
     assert len(blocks) >= 3
     for code in blocks:
         exec(compile(code, "README.md", "exec"), variables)
-    assert capsys.readouterr().out.strip()
+    printed = capsys.readouterr().out.splitlines()
+    promised = re.findall(r"print\(response\)  # .*?([\u4e00-\u9fff].*)", "".join(blocks))
+    assert len(promised) == 3 and set(promised) <= set(printed)
+    assert all(text in READMES[1].read_text(encoding="utf-8") for text in promised)
+
+
+def test_commands_of_the_readmes_use_the_environment_that_make_made():
+    for readme in READMES:
+        text = readme.read_text(encoding="utf-8")
+        bare = re.findall(r"(?<!bin/)\bpython [\w/]+\.py", text)
+        assert not bare and ".venv/bin/python cli_chat.py" in text, readme.name
 
 
 def test_both_readmes_show_the_same_code():
