@@ -10,7 +10,9 @@ wrong model later. Keys that are not ours stay as transformers keeps them.
 import functools
 import logging
 import math
+import os
 import re
+import sys
 
 from transformers.configuration_utils import PretrainedConfig
 
@@ -209,12 +211,54 @@ def version_asked_for(asked) -> str:
     return asked if theirs > ours else CODE_VERSION
 
 
-@functools.cache  # a configuration is made several times while a model loads
 def warn_of_older_code(asked: str) -> None:
-    logger.warning(
+    warn_once(  # a configuration is made several times while a model loads
         f"config.json asks for version {asked} of the code, the code beside it is {CODE_VERSION}: settings new to "
         "it are ignored; put the .py files of the newer version there"
     )
+
+
+# Code files of this process, as they were when they were first looked at; kept where this file is run again (4.4x).
+_imported: dict[tuple, bytes] = globals().get("_imported", {})
+
+
+def warn_of_other_code(folder) -> None:
+    """Says so where a folder is served by code that is not its own.
+
+    Within a process transformers imports the code of a local folder once for each name of a folder (below 4.27: once
+    at all), and serves other folders of that name with it, wholly or in part; seen on every version up to 5.24. Its
+    copy of the files is no witness, since the second folder's are copied over the first one's.
+    """
+    package = __name__.rpartition(".")[0] + "."
+    if not package.startswith("transformers_modules.") or not os.path.isdir(folder):
+        return
+    differing = []
+    for name, module in list(sys.modules.items()):
+        if name.startswith(package):
+            run = (name, getattr(module, "__transformers_module_hash__", None))
+            if run not in _imported:
+                _imported[run] = read_or_nothing(module.__file__)
+            own = read_or_nothing(os.path.join(folder, os.path.basename(module.__file__)))
+            if own not in (b"", _imported[run]):
+                differing.append(os.path.basename(module.__file__))
+    if differing:
+        warn_once(
+            f"{folder} is served by the code of another folder, whose {', '.join(sorted(differing))} this process has "
+            "imported before: load it in a process of its own, or give the folder a name of its own (and use "
+            "transformers 4.27 or later)"
+        )
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def read_or_nothing(path: str) -> bytes:
+    if not os.path.isfile(path):
+        return b""
+    with open(path, "rb") as file:
+        return file.read()
 
 
 def refuse_later_generations(fields: dict) -> None:

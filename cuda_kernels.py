@@ -17,6 +17,7 @@ import ctypes
 import ctypes.util
 import functools
 import glob
+import importlib
 import importlib.util
 import os
 import re
@@ -547,13 +548,15 @@ def _check(kernels: _Kernels, device: torch.device) -> None:
 
 def _wrong_kernel(kernels: _Kernels, device: torch.device, bits: int) -> str | None:
     """The first kernel whose numbers are not those that quantization.py computes on the CPU."""
-    from .quantization import dequantize_weight, quantize_weight  # not above: that file imports this one
+    # Not by a `from` line, neither here nor above: that file imports this one, and transformers 4.41 to 4.5x follows
+    # such lines round and round for ever.
+    quantization = importlib.import_module(".quantization", __package__)
 
     cpu = torch.device("cpu")  # whatever the default device is
     every_byte = torch.arange(_CHECKED_ROWS * _CHECKED_COLUMNS * bits // 8, device=cpu) * 37 % 256 - 128
     packed = every_byte.to(torch.int8).view(_CHECKED_ROWS, -1)
     scale = torch.linspace(0.001, 0.02, _CHECKED_ROWS, dtype=torch.float32, device=cpu).half()
-    exact = dequantize_weight(packed, scale, bits, torch.float64)
+    exact = quantization.dequantize_weight(packed, scale, bits, torch.float64)
     stored, stored_scale = packed.to(device), scale.to(device)  # by name, for `matrix` does not keep them alive
     matrix = _describe(stored, stored_scale, bits)
 
@@ -570,7 +573,7 @@ def _wrong_kernel(kernels: _Kernels, device: torch.device, bits: int) -> str | N
             return f"product of {m} rows"
     again, again_scale = torch.zeros_like(stored), _unwritten(_CHECKED_ROWS, 1, device).flatten()
     kernels.quantize(weight, bits, again, again_scale)
-    expected, expected_scale = quantize_weight(exact.half(), bits)
+    expected, expected_scale = quantization.quantize_weight(exact.half(), bits)
     is_right = torch.equal(again.cpu(), expected) and torch.equal(again_scale.cpu(), expected_scale)
     return None if is_right else "compression"
 

@@ -23,7 +23,7 @@ from typing import Any, Optional, Union
 import sentencepiece as spm
 from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
 
-from .configuration_chatglm import IMAGE_TOKENS
+from .configuration_chatglm import IMAGE_TOKENS, warn_of_other_code
 from .sentencepiece_file import BLANKS, NEWLINE, TAB, VOCAB_FILE, read_complete
 
 logger = logging.getLogger(__name__)
@@ -186,6 +186,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         clean_up_tokenization_spaces: bool = False,
         **kwargs: Any,
     ) -> None:
+        warn_of_other_code(kwargs.get("name_or_path") or "")
         # transformers >= 4.34 asks for the vocabulary while its own __init__ runs
         self.sp, complete = _load_sentencepiece(vocab_file, kwargs.get("name_or_path") or "the given place")
         self.vocab_file = vocab_file

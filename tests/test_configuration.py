@@ -140,10 +140,10 @@ def test_keys_of_other_transformers_versions_are_kept_without_a_word(caplog):
 @pytest.fixture
 def warnings(caplog):
     """The messages of the configuration's own logger, with its memory of what it said empty."""
-    configuration_chatglm.warn_of_older_code.cache_clear()
+    configuration_chatglm.warn_once.cache_clear()
     with caplog.at_level(logging.WARNING, logger=configuration_chatglm.__name__):
         yield lambda: [r.getMessage() for r in caplog.records if r.name == configuration_chatglm.__name__]
-    configuration_chatglm.warn_of_older_code.cache_clear()
+    configuration_chatglm.warn_once.cache_clear()
 
 
 @pytest.mark.parametrize("asked", [None, "1.0", "1.99.99", CODE_VERSION, f"{CODE_VERSION}.0"[:5]])

@@ -36,7 +36,7 @@ from .compat import (
     is_tracing,
     one_of,
 )
-from .configuration_chatglm import ChatGLMConfig
+from .configuration_chatglm import ChatGLMConfig, warn_of_other_code
 from .cuda_kernels import linear as cuda_linear  # noqa: F401
 from .kernel_routes import attention, decode_step, gelu, linear, move_to_huge_pages, warn_once
 from .quantization import (
@@ -368,6 +368,7 @@ class ChatGLMPreTrainedModel(VersionedModel):
             refuse_other_format(path, stored, kwargs)
             stored_tie = stored.get("tie_word_embeddings", True)
             kwargs["head_is_tied"] = getattr(kwargs.get("config"), "tie_word_embeddings", stored_tie)
+        warn_of_other_code(path)
         return super().from_pretrained(path, *args, **kwargs)
 
     def freeze(self) -> None:
