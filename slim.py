@@ -13,27 +13,38 @@ The parts are in `slimming/`; `slim()` is the same run for a program.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from slimming import checkpoint_io as io
-from slimming.checkpoint_io import EXIT_MEANINGS, Exit, Refusal
+from slimming.checkpoint_io import EXIT_MEANINGS, Exit, Refusal, first_line
 from slimming.folder import id_table, write_folder
-from slimming.plan import VOCAB_FILE, Job, Options, Plan, first_line, judge_chunk, make_plan, read_source
+from slimming.output import (
+    clear,
+    judge_output,
+    judge_partial,
+    locked,
+    move_into_place,
+    named_output,
+    output_of,
+    partial_of,
+    restore_interrupted,
+)
+from slimming.plan import VOCAB_FILE, Job, Options, Plan, judge_chunk, make_plan, read_source
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.model", "MODEL_LICENSE"]
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 SMALL_FILES = 16 * 10**6  # room for everything but the shards
 ROWS_BYTES = 1 << 23  # of a matrix, quantized at a time
-LOCK = "slim.lock"
+MAX_LINE = 2000  # characters of an error
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -49,26 +60,26 @@ def slim(source: str, output: str | Path, options: Options | None = None, revisi
         >>> slim("chatglm-6b", "chatglm-6b-slim", Options(check=True)).vocabulary.rows  # doctest: +SKIP
         130528
     """
-    options, output = options or Options(), Path(output)
-    folder = open_source(source, revision)
+    options, output = options or Options(), named_output(output)
+    folder, partial = open_source(source, revision), partial_of(output)
     if not options.dry_run:
         restore_interrupted(output)
-    judge_output(folder, output, options)
+    judge_output(folder, output, options.overwrite)
     plan = make_plan(read_source(folder, source, options), options)
     print(describe(plan))
     if options.dry_run:
         return plan
-    partial = output.with_name(f"{output.name}-slim-partial")
     judge_partial(partial)
     judge_disk(plan, partial)
     with locked(partial):
+        judge_output(folder, output, options.overwrite)  # another run may have made it while the source was read
         write_partial(plan, partial, options)
         if options.check:
             from slimming.check import check
 
             if not check(folder, partial, options):
                 raise Refusal(Exit.CHECK_FAILED, f"the check failed: {partial} is left for a look, {output} not made")
-    move_into_place(partial, output)
+        move_into_place(partial, folder, output, options.overwrite)
     print(f"{output} is complete: {plan.nbytes:,} bytes of weights in {len(plan.shards)} file(s)")
     return plan
 
@@ -78,50 +89,45 @@ def slim(source: str, output: str | Path, options: Options | None = None, revisi
 
 def open_source(source: str, revision: str | None = None) -> Path:
     """The local folder of SOURCE, downloaded first if it is a Hub id."""
+    if not source.isprintable():
+        raise Refusal(Exit.NOT_A_CHECKPOINT, f"{source!r} has characters that no name needs: rename the folder")
     if Path(source).is_dir():
         return Path(source)
-    if not HUB_ID.fullmatch(source) or Path(source).exists():
+    if not HUB_ID.fullmatch(source) or os.path.lexists(source):
         raise Refusal(Exit.NOT_A_CHECKPOINT, f"{source} is neither a folder nor a Hub id: give one of the two")
     import huggingface_hub as hub
 
     try:
         names = hub.HfApi().list_repo_files(source, revision=revision)
-        twins = ["*.bin", "*.bin.index.json"] if any(name.endswith(".safetensors") for name in names) else None
-        path = hub.snapshot_download(source, revision=revision, allow_patterns=HUB_PATTERNS, ignore_patterns=twins)
-    except Exception as error:  # the client's errors differ between its versions; all mean the same here
-        message = f"{source} can't be downloaded ({first_line(error)}): check the id, or log in"
-        raise Refusal(Exit.HUB, message) from None
+        loaded = io.loaded_file(names) or ""  # "" for shards without an index
+        others = [["*.safetensors"], ["*.bin", "*.bin.index.json"]][".safetensors" in loaded] if loaded else None
+        path = hub.snapshot_download(source, revision=revision, allow_patterns=HUB_PATTERNS, ignore_patterns=others)
+    except Exception as error:  # the client's errors differ between its versions: told apart by what is behind them
+        raise hub_refusal(f"{source} can't be downloaded", error, "check the id, or log in") from None
     return Path(path)
 
 
-def judge_output(source: Path, output: Path, options: Options) -> None:
-    """OUTPUT is not there yet, or may be replaced; in no case does it touch the source."""
-    here, there = source.resolve(), output.resolve()
-    if here == there or here in there.parents or there in here.parents:
-        raise Refusal(Exit.OUTPUT_EXISTS, f"{output} overlaps the source {source}: give a folder beside it")
-    if not os.path.lexists(output):
-        return
-    if not options.overwrite:
-        raise Refusal(Exit.OUTPUT_EXISTS, f"{output} exists: give another name, or --overwrite")
-    known = ("config.json", "adapter_config.json")
-    if not output.is_dir() or output.is_symlink() or not any((output / name).exists() for name in known):
-        raise Refusal(Exit.OUTPUT_EXISTS, f"{output} is no model folder, --overwrite won't delete it: do it yourself")
-
-
-def judge_partial(partial: Path) -> None:
-    """A folder that only has the temporary one's name isn't ours to fill and rename."""
-    if (
-        partial.is_dir()
-        and any(partial.iterdir())
-        and not any((partial / name).exists() for name in (LOCK, io.Journal.NAME))
-    ):
-        raise Refusal(Exit.OUTPUT_EXISTS, f"{partial}, the name of the temporary folder, is taken: move it away")
+def hub_refusal(what: str, error: Exception, cure: str) -> Refusal:
+    """What went wrong with the Hub: the disk, the id and the rights to it (`cure`), or something on the way."""
+    chain: list[BaseException] = [error]
+    while (behind := chain[-1].__cause__ or chain[-1].__context__) is not None and behind not in chain:
+        chain.append(behind)
+    for one in chain:
+        reason, number = f"{what} ({first_line(one)})", getattr(one, "errno", None)
+        if number in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+            return Refusal(Exit.TOO_LITTLE_DISK, f"{reason}: make room, or set HF_HOME to a folder on another disk")
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return Refusal(Exit.HUB, f"{reason}: set HF_HOME to a folder that you can write to")
+    answers = [getattr(getattr(one, "response", None), "status_code", None) for one in chain]
+    if not any(400 <= (answer or 0) < 500 for answer in answers):
+        cure = "see whether the Hub can be reached, then run the command again"
+    return Refusal(Exit.HUB, f"{what} ({first_line(error)}): {cure}")
 
 
 def judge_disk(plan: Plan, partial: Path) -> None:
     """Shards and small files must fit into the free space; what an unfinished run left there counts as free."""
-    place = next(path for path in (partial, *partial.resolve().parents) if path.is_dir())
-    left = sum(path.stat().st_size for path in partial.iterdir()) if partial.is_dir() else 0
+    place = next(path for path in (partial, *partial.parents) if path.is_dir())
+    left = sum(path.lstat().st_size for path in partial.iterdir()) if partial.is_dir() else 0
     needed, free = plan.nbytes + SMALL_FILES - left, shutil.disk_usage(place).free
     if needed > free:
         message = f"{needed:,} bytes needed in {place}, {free:,} free: make room, or give OUTPUT on another disk"
@@ -145,7 +151,7 @@ def describe(plan: Plan) -> str:
         *([f"trimmed: {vocabulary.figures}"] if vocabulary.figures else []),
         *(f"  {what:<24}{old:>8} -> {new}" for what, old, new in id_table(plan)),
     ]
-    return "\n".join(lines)
+    return "\n".join(map(io.printable, lines))
 
 
 # ----------------------------------------------------------------------------------------------------- the writing
@@ -153,21 +159,17 @@ def describe(plan: Plan) -> str:
 
 def write_partial(plan: Plan, partial: Path, options: Options) -> None:
     """Fills the temporary folder; what an interrupted run of the same plan finished stays."""
-    journal = io.Journal(partial, plan.fingerprint())
     try:
+        journal = io.Journal(partial, plan.fingerprint())
+        clear(partial, {io.Journal.NAME, *journal.shards})
         write_shards(plan, partial, journal, options)
-        written = set(plan.shards)
-        for path in list(partial.iterdir()):
-            if path.name not in written and path.name != LOCK:
-                path.unlink()
-        write_folder(partial, plan, options)
+        plan.source.checkpoint.judge_unchanged()
+        write_folder(partial, plan, options, options.push or output_of(partial).name)
     except Refusal:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     except OSError as error:
-        message = (
-            f"writing failed ({first_line(error)}): run the same command again, finished shards are kept in {partial}"
-        )
+        message = f"stopped ({first_line(error)}): run the same command again, finished shards are kept in {partial}"
         raise Refusal(Exit.WRITE_FAILED, message) from None
 
 
@@ -228,53 +230,7 @@ def quantized(rows: Any, job: Job) -> tuple[Any, Any]:
     return weight, scale.to(rows.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------- into place
-
-
-@contextmanager
-def locked(partial: Path) -> Iterator[None]:
-    """The temporary folder, made, and ours alone; a killed run's lock is gone with its process."""
-    partial.mkdir(parents=True, exist_ok=True)
-    with open(partial / LOCK, "w") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass  # not on Windows
-        except OSError:
-            raise Refusal(Exit.BUSY, f"another run writes {partial}: wait for it, or give another OUTPUT") from None
-        yield
-    (partial / LOCK).unlink(missing_ok=True)
-
-
-def replaced(output: Path) -> Path:
-    """Where an old OUTPUT waits while the new one takes its place."""
-    return output.with_name(f".{output.name}.replaced-by-slim")
-
-
-def restore_interrupted(output: Path) -> None:
-    """A run that was killed between the two renames of --overwrite left the old OUTPUT under another name."""
-    old = replaced(output)
-    if old.is_dir() and not output.exists():
-        os.rename(old, output)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def move_into_place(partial: Path, output: Path) -> None:
-    """The temporary folder becomes OUTPUT; an old OUTPUT is deleted only after that."""
-    old = replaced(output)
-    try:
-        if output.exists():
-            os.rename(output, old)
-        os.rename(partial, output)
-    except OSError as error:
-        if old.is_dir() and not output.exists():
-            os.rename(old, output)
-        raise Refusal(
-            Exit.WRITE_FAILED, f"{partial} is complete but can't become {output} ({first_line(error)})"
-        ) from None
-    shutil.rmtree(old, ignore_errors=True)
+# -------------------------------------------------------------------------------------------------- to the Hub
 
 
 def push(output: Path, repo_id: str, public: bool) -> None:
@@ -285,11 +241,9 @@ def push(output: Path, repo_id: str, public: bool) -> None:
         api = hub.HfApi()
         api.create_repo(repo_id, private=not public, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=output, commit_message="ChatGLM-6B-Slim")
-    except Exception as error:  # the client's errors differ between its versions; all mean the same here
-        message = (
-            f"{output} is complete but not on the Hub ({first_line(error)}): `hf upload {repo_id} {output}` does that"
-        )
-        raise Refusal(Exit.HUB, message) from None
+    except Exception as error:  # the client's errors differ between its versions; the same cure for all
+        message = f"{output} is complete but not on the Hub ({first_line(error)})"
+        raise Refusal(Exit.HUB, f"{message}: `hf upload {repo_id} {output}` does that") from None
     print(f"pushed to {hub.constants.ENDPOINT}/{repo_id}")
 
 
@@ -300,8 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     values = vars(parser().parse_args(arguments))
     source, output, revision = values.pop("source"), values.pop("output"), values.pop("revision")
-    repo_id, public, check_only = values.pop("push"), values.pop("public"), values.pop("check_only")
-    options = Options(**values)
+    check_only, options = values.pop("check_only"), Options(**values)
     for console in (sys.stdout, sys.stderr):
         if hasattr(console, "reconfigure"):
             console.reconfigure(errors="replace")  # one that lacks a character shows "?" instead
@@ -309,10 +262,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if check_only:
             return check_folder(source, output, options, revision)
         slim(source, output, options, revision)
-        if repo_id and not options.dry_run:
-            push(output, repo_id, public)
+        if options.push and not options.dry_run:
+            push(output, options.push, options.public)
     except Refusal as refusal:
-        print(f"slim.py: {refusal}", file=sys.stderr)
+        print(f"slim.py: {io.printable(str(refusal))[:MAX_LINE]}", file=sys.stderr)
         return int(refusal.code)
     except KeyboardInterrupt:
         print("slim.py: stopped; the same command goes on from here", file=sys.stderr)
@@ -320,11 +273,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(Exit.OK)
 
 
-def check_folder(source: str, output: Path, options: Options, revision: str | None) -> int:
+def check_folder(source: str, output: str, options: Options, revision: str | None) -> int:
     """`--check-only`: compares an OUTPUT made before."""
     from slimming.check import check
 
-    folder = open_source(source, revision)
+    folder, output = open_source(source, revision), named_output(output)
     read_source(folder, source, options)  # what would not be slimmed is refused here too
     return int(Exit.OK if check(folder, output, options) else Exit.CHECK_FAILED)
 
@@ -339,7 +292,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = result.add_argument
     add("source", metavar="SOURCE", help="local folder or Hub id: model, P-tuning v2 prefix or LoRA adapter")
-    add("output", metavar="OUTPUT", type=Path, help="folder to make")
+    add("output", metavar="OUTPUT", help="folder to make")
     add("--dtype", choices=("float16", "bfloat16", "float32"), help="convert, LayerNorms too (default: keep)")
     add("--max-shard-size", type=parse_size, default=Options.max_shard_size, metavar="SIZE", help="default 2GB")
     add("--check", action="store_true", help="compare every kept row and tensor, and logits, before OUTPUT appears")
@@ -351,7 +304,7 @@ def parser() -> argparse.ArgumentParser:
     add("--tokenizer", type=Path, metavar="FILE", help=f"{VOCAB_FILE}, if SOURCE has none")
     add("--base", metavar="NAME", help="the slim base model that an adapter's config shall name")
     add("--revision", help="branch, tag or commit of a Hub id")
-    add("--push", metavar="REPO_ID", help="upload OUTPUT to the Hub (a new repository is private)")
+    add("--push", type=parse_repository, metavar="REPO_ID", help="upload OUTPUT to the Hub (new: private)")
     add("--public", action="store_true", help="make the pushed repository public")
     quantize = result.add_argument_group("quantization, straight from the shards").add_argument
     quantize("--bits", type=int, choices=(0, 4, 8), default=0, help="layers to int4 or int8 (official format)")
@@ -371,6 +324,12 @@ def parse_size(text: str) -> int:
     if not match or match[2] not in UNITS or not float(match[1]):
         raise argparse.ArgumentTypeError(f"{text!r} is no size: write 2GB, 500MB or 1GiB")
     return int(float(match[1]) * UNITS[match[2]])
+
+
+def parse_repository(text: str) -> str:
+    if not HUB_ID.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no repository: write NAME/REPOSITORY")
+    return text
 
 
 def parse_languages(text: str) -> tuple[str, ...]:

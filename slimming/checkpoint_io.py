@@ -9,22 +9,28 @@ Formats: safetensors' own description of its header; torch.save's ZIP layout (`<
 from __future__ import annotations
 
 import enum
-import functools
 import hashlib
 import json
 import math
 import os
 import pickle
+import re
+import stat
 import struct
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 CHUNK_BYTES = 1 << 18  # a multiple of every item size; read, scanned and written while it is in the CPU cache
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+# Limits, known before anything is parsed: a ChatGLM-6B has 0.1 MB of header, index or pickle, and 463 tensors.
+MAX_JSON_BYTES = 16_000_000
+MAX_HEADER_BYTES = 16_000_000
+MAX_PICKLE_BYTES = 4_000_000
+MAX_RECORDS = 100_000
+MAX_DIMENSIONS = 8
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 ITEM_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F16": 2, "BF16": 2, "I16": 2, "F32": 4, "I32": 4, "F64": 8, "I64": 8}
 TORCH_NAMES = {"BOOL": "bool", "U8": "uint8", "I8": "int8", "F16": "float16", "BF16": "bfloat16", "I16": "int16"}
@@ -56,6 +62,7 @@ class Exit(enum.IntEnum):
     HUB = 17
     WRITE_FAILED = 18
     BUSY = 19
+    BAD_SETTINGS = 20
 
 
 EXIT_MEANINGS = {
@@ -73,12 +80,13 @@ EXIT_MEANINGS = {
     Exit.WRONG_TOKENIZER: "tokenizer file that is missing or doesn't belong to the weights",
     Exit.TOO_LITTLE_DISK: "too little free disk space",
     Exit.UNSAFE_PICKLE: "a .bin with more than tensors in it (it was not run)",
-    Exit.OUTPUT_EXISTS: "OUTPUT exists or overlaps SOURCE",
+    Exit.OUTPUT_EXISTS: "OUTPUT exists (or its temporary folder's name is taken), or overlaps SOURCE",
     Exit.ALREADY_SLIM: "slim already, and nothing else to do",
     Exit.UNSUPPORTED: "a kind, dtype or option that can't be served",
     Exit.HUB: "download or upload failed",
     Exit.WRITE_FAILED: "writing failed; the same command resumes",
     Exit.BUSY: "another run writes the same OUTPUT",
+    Exit.BAD_SETTINGS: "a field of the source's settings that no ChatGLM-6B can have",
 }
 
 
@@ -88,6 +96,15 @@ class Refusal(Exception):
     def __init__(self, code: Exit, message: str):
         super().__init__(message)
         self.code = code
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def printable(text: str) -> str:
+    """What a file says is shown and not obeyed: no escape sequence and no second line of its reaches the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @dataclass(frozen=True)
@@ -117,8 +134,9 @@ def inside(folder: Path, name: str) -> Path:
     A snapshot in the Hub's cache consists of links into `../../blobs`; there the model's cache folder is the limit.
     """
     plain = PurePosixPath(name)
-    if not name or plain.is_absolute() or ".." in plain.parts or "\\" in name or PureWindowsPath(name).drive:
-        raise Refusal(Exit.UNSAFE_PATH, f"{name!r} is not a file name inside {folder}: correct the index")
+    foreign = plain.is_absolute() or ".." in plain.parts or "\\" in name or PureWindowsPath(name).drive
+    if not plain.name or foreign or not name.isprintable() or max(map(len, plain.parts)) > 200:
+        raise Refusal(Exit.UNSAFE_PATH, f"{name[:200]!r} is not a file name inside {folder}: correct the index")
     root = folder.resolve()
     if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
         root = root.parent.parent
@@ -143,13 +161,24 @@ def checked_file(folder: Path, name: str) -> Path:
     return path
 
 
-def read_json(folder: Path, name: str) -> Any:
-    """The content of a JSON file of the checkpoint."""
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """The content of a JSON file of the checkpoint, which must be an object."""
     path = checked_file(folder, name)
+    size = path.stat().st_size
+    if size > MAX_JSON_BYTES:
+        message = f"{path} has {size:,} bytes, limit {MAX_JSON_BYTES:,}: that is not a checkpoint's {name}"
+        raise Refusal(Exit.NOT_A_CHECKPOINT, message)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise Refusal(Exit.NOT_A_CHECKPOINT, f"{path} is not JSON ({error}): download it again") from None
+    except RecursionError:
+        raise Refusal(Exit.NOT_A_CHECKPOINT, f"{path} is nested too deeply: download it again") from None
+    if not isinstance(content, dict):
+        raise Refusal(
+            Exit.NOT_A_CHECKPOINT, f"{path} holds a {type(content).__name__}, not an object: download it again"
+        )
+    return content
 
 
 # ---------------------------------------------------------------------------------------------------- safetensors
@@ -162,7 +191,7 @@ def read_safetensors(path: Path) -> list[StoredTensor]:
         prefix = file.read(8)
         header_size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if header_size > MAX_HEADER_BYTES:
-            limit = f"header of {header_size} bytes, limit {MAX_HEADER_BYTES}"
+            limit = f"header of {header_size:,} bytes, limit {MAX_HEADER_BYTES:,}"
             raise Refusal(Exit.BAD_OFFSETS, f"{path} is not safetensors ({limit}): download it again")
         if len(prefix) < 8 or 8 + header_size > size:
             raise Refusal(Exit.BROKEN_SHARD, f"{path} is truncated in its header ({size} bytes): download it again")
@@ -182,7 +211,7 @@ def parse_header(path: Path, text: bytes) -> dict[str, Any]:
 
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=without_duplicates)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refusal(Exit.BAD_OFFSETS, f"{path} has no readable header ({error}): download it again") from None
     if not isinstance(header, dict):
         raise Refusal(Exit.BAD_OFFSETS, f"{path} has a {type(header).__name__} for a header: download it again")
@@ -193,13 +222,16 @@ def header_entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTe
     """One entry of a safetensors header; its shape and dtype must fill its byte range exactly."""
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        natural = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
     except (KeyError, TypeError, ValueError):
-        raise Refusal(Exit.BAD_OFFSETS, f"{path}: the entry of {name} is {entry!r}: download it again") from None
-    if dtype not in ITEM_SIZES:
-        raise Refusal(Exit.UNSUPPORTED, f"{path}: {name} has dtype {dtype}, known are {', '.join(ITEM_SIZES)}")
-    if not natural or math.prod(shape) * ITEM_SIZES[dtype] != end - begin:
-        where = f"offsets {begin}..{end} for {dtype} {list(shape)}"
+        entry_text = f"the entry of {name} is {repr(entry)[:200]}"
+        raise Refusal(Exit.BAD_OFFSETS, f"{path}: {entry_text}: download it again") from None
+    if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
+        raise Refusal(
+            Exit.UNSUPPORTED, f"{path}: {name} has dtype {repr(dtype)[:80]}, known are {', '.join(ITEM_SIZES)}"
+        )
+    natural = all(type(number) is int and 0 <= number < 2**63 for number in (*shape, begin, end))
+    if not natural or len(shape) > MAX_DIMENSIONS or math.prod(shape) * ITEM_SIZES[dtype] != end - begin:
+        where = f"offsets {repr(begin)[:40]}..{repr(end)[:40]} for {dtype} {repr(list(shape[:9]))[:80]}"
         raise Refusal(Exit.BAD_OFFSETS, f"{path}: {name} has {where}: download it again")
     return StoredTensor(name, dtype, shape, path, data_start + begin)
 
@@ -222,8 +254,7 @@ def judge_offsets(path: Path, tensors: list[StoredTensor], data_start: int, size
 
 
 def damaged(path: Path, error: Exception) -> str:
-    reason = (str(error) or type(error).__name__).splitlines()[0][:160]
-    return f"{path} is truncated or damaged ({reason}): download it again"
+    return f"{path} is truncated or damaged ({first_line(error)}): download it again"
 
 
 def load_pickled(path: Path, mmap: bool) -> dict[str, Any]:
@@ -237,7 +268,7 @@ def load_pickled(path: Path, mmap: bool) -> dict[str, Any]:
         reason = f" ({lines[0].strip()[:160]})" if lines else ""
         message = f"{path} holds more than tensors and was not run{reason}: get the checkpoint from a source you trust"
         raise Refusal(Exit.UNSAFE_PICKLE, message) from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # bytes at will can raise anything; the line says what they did
         raise Refusal(Exit.BROKEN_SHARD, damaged(path, error)) from None
     if not isinstance(content, dict):
         raise Refusal(Exit.NOT_A_CHECKPOINT, f"{path} holds a {type(content).__name__}, not a table of tensors")
@@ -245,7 +276,27 @@ def load_pickled(path: Path, mmap: bool) -> dict[str, Any]:
         if not isinstance(value, torch.Tensor) or not isinstance(name, str):
             message = f"{path} holds a {type(value).__name__} under {name!r}: save the model's state_dict alone"
             raise Refusal(Exit.NOT_A_CHECKPOINT, message)
+        judge_layout(path, name, value)
     return content
+
+
+def judge_layout(path: Path, name: str, tensor: Any) -> None:
+    """The numbers of a tensor must be in the file, one after the other and as they are meant."""
+    import torch
+
+    fault = ""
+    if tensor.layout is not torch.strided:
+        fault, cure = f"is sparse ({tensor.layout})", ".to_dense()"
+    elif tensor.device.type != "cpu":
+        fault, cure = f"is on the {tensor.device} device, its numbers are not in the file", "the weights loaded"
+    elif tensor.is_conj() or tensor.is_neg():
+        fault, cure = "is marked as negated or conjugated", ".resolve_neg().resolve_conj()"
+    elif DTYPE_CODES.get(str(tensor.dtype).replace("torch.", "")) is None:
+        fault, cure = f"has {tensor.dtype}, known are {', '.join(DTYPE_CODES)}", "one of them"
+    elif not tensor.is_contiguous():
+        fault, cure = "is stored transposed", ".contiguous()"
+    if fault:
+        raise Refusal(Exit.UNSUPPORTED, f"{path}: {name} {fault}: save it again with {cure}")
 
 
 def read_bin(path: Path) -> list[StoredTensor]:
@@ -271,32 +322,38 @@ def read_bin(path: Path) -> list[StoredTensor]:
 
 
 def stored(path: Path, name: str, tensor: Any, start: int | None) -> StoredTensor:
-    dtype = DTYPE_CODES.get(str(tensor.dtype).replace("torch.", ""))
-    if dtype is None:
-        raise Refusal(Exit.UNSUPPORTED, f"{path}: {name} has {tensor.dtype}, known are {', '.join(DTYPE_CODES)}")
-    if start is not None and not tensor.is_contiguous():
-        raise Refusal(Exit.UNSUPPORTED, f"{path}: {name} is stored transposed: save it again with .contiguous()")
-    return StoredTensor(name, dtype, tuple(tensor.shape), path, start)
+    return StoredTensor(name, DTYPE_CODES[str(tensor.dtype).replace("torch.", "")], tuple(tensor.shape), path, start)
 
 
 def zip_records(path: Path) -> dict[int, int]:
-    """offset -> size of the tensor records of a torch.save archive."""
+    """offset -> size of the tensor records of a torch.save archive, which holds its records as they are."""
     try:
         with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-            records = {}
-            for info in archive.infolist():
-                if info.filename.endswith("/byteorder") and archive.read(info) != b"little":
-                    raise Refusal(Exit.UNSUPPORTED, f"{path} is big-endian: save it again on a little-endian machine")
-                if info.filename.split("/")[-2:-1] != ["data"]:
-                    continue
-                if info.compress_type != zipfile.ZIP_STORED:
-                    raise Refusal(Exit.BROKEN_SHARD, f"{path}: {info.filename} is compressed, torch.save never does")
-                file.seek(info.header_offset + 26)
-                name_size, extra_size = struct.unpack("<HH", file.read(4))
-                records[info.header_offset + 30 + name_size + extra_size] = info.file_size
-            return records
-    except zipfile.BadZipFile as error:
-        raise Refusal(Exit.BROKEN_SHARD, f"{path} is truncated or damaged ({error}): download it again") from None
+            if len(archive.infolist()) > MAX_RECORDS:
+                message = f"{path} has {len(archive.infolist()):,} records, limit {MAX_RECORDS:,}"
+                raise Refusal(Exit.BROKEN_SHARD, f"{message}: get the checkpoint from a source you trust")
+            return dict(record for info in archive.infolist() for record in tensor_record(path, archive, file, info))
+    except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError) as error:
+        raise Refusal(Exit.BROKEN_SHARD, damaged(path, error)) from None
+
+
+def tensor_record(path: Path, archive: zipfile.ZipFile, file: Any, info: zipfile.ZipInfo) -> list[tuple[int, int]]:
+    """[(offset, size)] if a record is a tensor's; what else torch.load reads is judged by its size before it does."""
+    if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+        raise Refusal(
+            Exit.BROKEN_SHARD, f"{path}: {info.filename} is compressed, torch.save never does that: do not trust it"
+        )
+    is_tensor = info.filename.split("/")[-2:-1] == ["data"]
+    if not is_tensor and info.file_size > MAX_PICKLE_BYTES:
+        message = f"{info.filename} has {info.file_size:,} bytes, limit {MAX_PICKLE_BYTES:,}"
+        raise Refusal(Exit.BROKEN_SHARD, f"{path}: {message}: that is no table of a checkpoint's tensors")
+    if info.filename.endswith("/byteorder") and archive.read(info) != b"little":
+        raise Refusal(Exit.UNSUPPORTED, f"{path} is big-endian: save it again on a little-endian machine")
+    if not is_tensor:
+        return []
+    file.seek(info.header_offset + 26)
+    name_size, extra_size = struct.unpack("<HH", file.read(4))
+    return [(info.header_offset + 30 + name_size + extra_size, info.file_size)]
 
 
 def mapping_base(path: Path, storages: dict[int, int], records: dict[int, int]) -> int:
@@ -327,28 +384,56 @@ def mapping_base(path: Path, storages: dict[int, int], records: dict[int, int]) 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The weights of a folder: `tensors` by name in file order, and the files they are in."""
+    """The weights of a folder: `tensors` by name in file order, the files they are in, and what tells these apart."""
 
     folder: Path
     tensors: dict[str, StoredTensor]
     files: tuple[Path, ...]
+    identities: tuple[tuple, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    def judge_unchanged(self) -> None:
+        """The files are still those that were judged: nothing was written beside a half that was read before."""
+        for path, identity in zip(self.files, self.identities):
+            if file_identity(path) != identity:
+                raise Refusal(Exit.BROKEN_SHARD, f"{path} was changed while it was read: run the command again")
 
+
+def file_identity(path: Path) -> tuple:
+    """Changes when a file is replaced or written: its size, times and inode, and a hash of 64 blocks all over it, for
+    times can be set and some systems have no inodes.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        status = os.fstat(file.fileno())
+        for block in range(64):
+            file.seek(status.st_size * block // 64)
+            digest.update(file.read(4096))
+    times = status.st_mtime_ns, status.st_ctime_ns
+    return (path.name, status.st_size, *times, status.st_ino, digest.hexdigest())
+
+
+# In the order in which transformers looks for them, on every version of the ladder (tests/test_weight_files.py): one
+# file before an index beside it, safetensors before .bin. PEFT has the same order for an adapter.
 WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")
+
+
+def loaded_file(names: Collection[str]) -> str | None:
+    """Which of a folder's files transformers loads the weights from: a file, or an index; None without one."""
+    return next((found for name in WEIGHT_NAMES for found in (name, f"{name}.index.json") if found in names), None)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """All tensors of a checkpoint folder, from one file, an index with shards, or numbered shards without an index."""
     names, weight_map = weight_files(folder)
     tensors: dict[str, StoredTensor] = {}
-    files = []
-    for name in names:
-        path = checked_file(folder, name)
-        files.append(path)
+    paths = tuple(checked_file(folder, name) for name in names)
+    identities = tuple(map(file_identity, paths))
+    for name, path in zip(names, paths):
         found = read_safetensors(path) if name.endswith(".safetensors") else read_bin(path)
         for tensor in sorted(found, key=lambda tensor: tensor.start or 0):
             if tensor.name in tensors:
@@ -356,37 +441,50 @@ def read_checkpoint(folder: Path) -> Checkpoint:
                 raise Refusal(Exit.WRONG_TENSORS, f"duplicate tensor {tensor.name}: it is in {where}: remove one")
             tensors[tensor.name] = tensor
     if not tensors:
-        raise Refusal(Exit.NOT_A_CHECKPOINT, f"{files[0]} holds no tensors: download it again")
+        raise Refusal(Exit.NOT_A_CHECKPOINT, f"{paths[0]} holds no tensors: download it again")
     if weight_map is not None:
         judge_index(weight_map, tensors)
-    return Checkpoint(folder, tensors, tuple(files))
+    return Checkpoint(folder, tensors, paths, identities, stale_files(folder, names))
 
 
 def weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
-    """Names of the weight files, and the index's tensor -> file table where there is one; safetensors first."""
+    """Names of the weight files, and the index's tensor -> file table where there is one."""
+    present = {path.name for path in folder.iterdir()}
+    loaded = loaded_file(present)
+    if loaded and loaded.endswith(".index.json"):
+        weight_map = read_json(folder, loaded).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise Refusal(Exit.NOT_A_CHECKPOINT, f"{folder / loaded} has no weight_map: download it again")
+        suffix = loaded.removesuffix(".index.json").rsplit(".", 1)[1]
+        for tensor, file in weight_map.items():
+            if not isinstance(file, str) or not inside(folder, file).name.endswith(f".{suffix}"):
+                message = f"{folder / loaded} says that {tensor} is in {repr(file)[:80]}, which is no .{suffix} file"
+                raise Refusal(Exit.WRONG_TENSORS, f"{message}: download it again")
+        return sorted(set(weight_map.values())), weight_map
+    if loaded:
+        return [loaded], None
     for name in WEIGHT_NAMES:
-        if (folder / f"{name}.index.json").exists():
-            weight_map = read_json(folder, f"{name}.index.json").get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise Refusal(
-                    Exit.NOT_A_CHECKPOINT, f"{folder / name}.index.json has no weight_map: download it again"
-                )
-            return sorted(set(map(str, weight_map.values()))), weight_map
-        if (folder / name).exists():
-            return [name], None
         stem, suffix = name.split(".")
-        numbered = sorted(path.name for path in folder.glob(f"{stem}-*-of-*.{suffix}"))
+        numbered = sorted(one for one in present if re.fullmatch(rf"{stem}-\d+-of-\d+\.{suffix}", one))
         if numbered:
             judge_numbers(folder, numbered)
             return numbered, None
     raise Refusal(Exit.NOT_A_CHECKPOINT, f"{folder} holds none of {', '.join(WEIGHT_NAMES)}, nor an index of them")
 
 
+def stale_files(folder: Path, names: list[str]) -> tuple[str, ...]:
+    """A line about an index that lies beside the one file that counts: its shards may hold other numbers."""
+    beside = f"{names[0]}.index.json"
+    if len(names) > 1 or not (folder / beside).exists():
+        return ()
+    return (f"{names[0]} is the checkpoint, as for transformers; {beside} and its shards are ignored",)
+
+
 def judge_numbers(folder: Path, names: list[str]) -> None:
     """`x-00001-of-00008` without an index: all eight must be there."""
     total = names[0].rsplit("-of-", 1)[1].split(".")[0]
     stem, suffix = names[0].split("-")[0], names[0].split(".")[-1]
-    count = int(total) if total.isdigit() and int(total) < 10_000 else 0
+    count = int(total) if len(total) <= 5 and int(total) < 10_000 else 0
     expected = [f"{stem}-{number:0{len(total)}d}-of-{total}.{suffix}" for number in range(1, count + 1)]
     if names != expected:
         missing = sorted(set(expected) - set(names)) or names
@@ -443,7 +541,10 @@ class Reader:
         self.file.seek(tensor.start + begin)
         filled = 0
         while filled < len(view):
-            count = self.file.readinto(view[filled:])
+            try:
+                count = self.file.readinto(view[filled:])
+            except OSError as error:
+                raise OSError(f"reading {tensor.file}: {error}") from error
             if not count:
                 raise Refusal(Exit.BROKEN_SHARD, f"{tensor.file} ended early in {tensor.name}: it changed meanwhile")
             filled += count
@@ -469,7 +570,7 @@ def tensor_bytes(tensor: Any) -> memoryview:
     """The contiguous bytes of a torch tensor."""
     import torch
 
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def as_tensor(chunk: memoryview, dtype: str) -> Any:
@@ -521,8 +622,8 @@ def write_shard(
     """Writes a safetensors file from (tensor name, bytes), each tensor's pieces in order; returns its checksum."""
     header, positions = shard_layout(tensors)
     ends = {name: positions[name] + math.prod(shape) * ITEM_SIZES[dtype] for name, dtype, shape in tensors}
-    checksums = {name: Checksum() for name in positions}
-    with open(path, "wb", buffering=0) as file:
+    checksums = {name: hashlib.blake2b() for name in positions}
+    with new_file(path) as file:
         file.write(header)
         for name, data in content:
             file.seek(positions[name])
@@ -530,59 +631,38 @@ def write_shard(
             while left:
                 left = left[file.write(left) :]
             positions[name] += len(data)
-            checksums[name].update(memoryview(data))
+            checksums[name].update(data)
     assert positions == ends, "every tensor of the plan is written whole"
     return folded(header, checksums)
 
 
-class Checksum:
-    """Two 64-bit sums over the 8-byte words of a stream, plain and weighted by position, as in Fletcher's checksum.
+def new_file(path: Path) -> Any:
+    """`path` opened for unbuffered writing, as a file that didn't exist: what was there goes, and no link is followed.
 
-    Changed, lost and moved blocks show in it, at a tenth of the time of a cryptographic hash, which would double the
-    processor time of a copy. It guards against damage, not against forgery.
+    In a folder that only we can write to nobody else can put one there in between.
     """
-
-    WORDS = CHUNK_BYTES // 8
-
-    def __init__(self) -> None:
-        self.plain = self.weighted = self.position = 0
-        self.rest = b""
-
-    def update(self, data: memoryview) -> None:
-        import numpy
-
-        if self.rest:
-            data = memoryview(self.rest + bytes(data))
-        whole = len(data) // 8 * 8
-        for start in range(0, whole, CHUNK_BYTES):
-            words = numpy.frombuffer(data[start : min(start + CHUNK_BYTES, whole)], "<u8")
-            plain, weighted = int(words.sum()), int(words.dot(self.weights(len(words))))
-            self.plain = (self.plain + plain) % 2**64
-            self.weighted = (self.weighted + weighted + self.position * plain) % 2**64
-            self.position += len(words)
-        self.rest = bytes(data[whole:])
-
-    @staticmethod
-    @functools.lru_cache(maxsize=4)
-    def weights(count: int) -> Any:
-        import numpy
-
-        return numpy.arange(1, count + 1, dtype=numpy.uint64)
-
-    def __str__(self) -> str:
-        return f"{self.plain:016x}{self.weighted:016x}{self.rest.hex()}"
+    path.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    return os.fdopen(os.open(path, flags, 0o666), "wb", buffering=0)
 
 
-def folded(header: bytes, checksums: dict[str, Checksum]) -> str:
-    """One number for a shard: its header and the sums of its tensors."""
-    lines = "\n".join(f"{name} {checksum}" for name, checksum in sorted(checksums.items()))
-    return hashlib.sha256(header + lines.encode()).hexdigest()
+def write_file(path: Path, content: bytes | str) -> None:
+    with new_file(path) as file:
+        left = memoryview(content.encode() if isinstance(content, str) else content)
+        while left:
+            left = left[file.write(left) :]
+
+
+def folded(header: bytes, checksums: dict[str, Any]) -> str:
+    """One number for a shard: its header and the BLAKE2b hash of each tensor, whose bytes come in pieces."""
+    lines = "\n".join(f"{name} {checksum.hexdigest()}" for name, checksum in sorted(checksums.items()))
+    return hashlib.blake2b(header + lines.encode()).hexdigest()
 
 
 def shard_checksum(path: Path) -> str:
     """The checksum of a shard that was written before, from its bytes."""
     tensors = read_safetensors(path)
-    checksums = {tensor.name: Checksum() for tensor in tensors}
+    checksums = {tensor.name: hashlib.blake2b() for tensor in tensors}
     with Reader() as reader:
         for tensor in tensors:
             for chunk in reader.chunks(tensor, [(0, tensor.nbytes)]):
@@ -592,11 +672,20 @@ def shard_checksum(path: Path) -> str:
         return folded(size + file.read(struct.unpack("<Q", size)[0]), checksums)
 
 
+def is_own_file(path: Path) -> bool:
+    """A file proper under one name, neither a link nor one that has another name elsewhere."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+
+
 class Journal:
     """The finished shards of an unfinished output, with their checksums, so that a killed run can go on.
 
     A shard enters after it is complete, by an atomic replace, and counts again only if its bytes still have that
-    checksum and the plan (source files, options, layout) is the same.
+    checksum and the plan (source files, options, layout, code) is the same.
     """
 
     NAME = "slim-journal.json"
@@ -608,12 +697,14 @@ class Journal:
         try:
             content = json.loads((folder / self.NAME).read_text(encoding="utf-8"))
             self.shards = dict(content["shards"]) if content["plan"] == plan else {}
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             pass  # none yet, or not one of ours: every shard is written
+        self.write()  # from here on the folder is known to be ours
 
     def is_finished(self, name: str) -> bool:
+        path = self.folder / name
         try:
-            return name in self.shards and shard_checksum(self.folder / name) == self.shards[name]
+            return name in self.shards and is_own_file(path) and shard_checksum(path) == self.shards[name]
         except (OSError, Refusal):
             return False
 
@@ -623,5 +714,5 @@ class Journal:
 
     def write(self) -> None:
         temporary = self.folder / f"{self.NAME}.new"
-        temporary.write_text(json.dumps({"plan": self.plan, "shards": self.shards}, indent=1), encoding="utf-8")
+        write_file(temporary, json.dumps({"plan": self.plan, "shards": self.shards}, indent=1))
         os.replace(temporary, self.folder / self.NAME)

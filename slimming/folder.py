@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import json
-import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 from package import ROOT as PACKAGE
-from package import package_files
+from package import package_files, package_module
 from slimming import checkpoint_io as io
+from slimming.card import model_card
 from slimming.checkpoint_io import Exit, Refusal
 from slimming.plan import EMBEDDING, IDS, VOCAB_FILE, Options, Plan, Vocabulary
+from slimming.settings import IDENTITY
 
 ID_MAP = "vocabulary_map.json"
 PAD_PIECE = "<pad>"
-TOKENIZER_CHOICES = ("do_lower_case", "remove_space", "model_max_length", "clean_up_tokenization_spaces")
 
 
-def write_folder(folder: Path, plan: Plan, options: Options) -> None:
-    """Writes all that belongs beside the shards."""
+def write_folder(folder: Path, plan: Plan, options: Options, name: str) -> None:
+    """Writes all that belongs beside the shards; the card calls the folder `name`."""
     if plan.source.kind == "adapter":
         write_json(folder / "adapter_config.json", adapter_config(plan, options))
     else:
         write_json(folder / "config.json", model_config(plan, options))
         write_json(folder / "generation_config.json", generation_config(plan))
         for path in package_files():
-            shutil.copyfile(path, folder / path.name)
+            copy(path, folder)
         copy_licenses(plan, folder)
     if plan.vocabulary.sentencepiece is not None:
         write_tokenizer(folder, plan)
@@ -35,19 +34,23 @@ def write_folder(folder: Path, plan: Plan, options: Options) -> None:
         write_json(folder / "model.safetensors.index.json", shard_index(plan))
     if plan.vocabulary.is_trimmed:
         write_json(folder / ID_MAP, id_map(plan.vocabulary), indent=None)
-    (folder / "README.md").write_text(model_card(plan), encoding="utf-8")
+    io.write_file(folder / "README.md", model_card(plan, options, name))
 
 
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
-    path.write_text(json.dumps(content, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+    io.write_file(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
+
+
+def copy(path: Path, folder: Path) -> None:
+    io.write_file(folder / path.name, path.read_bytes())
 
 
 def copy_licenses(plan: Plan, folder: Path) -> None:
     """The code's licence is the package's, the weights' own comes with them."""
     if (PACKAGE / "LICENSE").is_file():
-        shutil.copyfile(PACKAGE / "LICENSE", folder / "LICENSE")
-    if (plan.source.folder / "MODEL_LICENSE").is_file():
-        shutil.copyfile(io.checked_file(plan.source.folder, "MODEL_LICENSE"), folder / "MODEL_LICENSE")
+        copy(PACKAGE / "LICENSE", folder)
+    if plan.source.license is not None:
+        io.write_file(folder / "MODEL_LICENSE", plan.source.license)
 
 
 # ------------------------------------------------------------------------------------------------------------- ids
@@ -99,16 +102,21 @@ def id_map(vocabulary: Vocabulary) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------------- configs
 
 
+def package_json(name: str) -> dict[str, Any]:
+    return json.loads((PACKAGE / name).read_text(encoding="utf-8"))
+
+
 def model_config(plan: Plan, options: Options) -> dict[str, Any]:
-    """The source's config with moved ids, this package's classes and the facts found about the weights."""
-    package = json.loads((PACKAGE / "config.json").read_text(encoding="utf-8"))
+    """The source's fields with moved ids, this package's classes and the facts found about the weights."""
+    package = package_json("config.json")
     config = moved_ids(plan, plan.source.config)
     if plan.source.pieces is not None:
         for name, piece in {**IDS, "pad_token_id": PAD_PIECE}.items():
             config.setdefault(name, moved_id(plan, name, plan.source.pieces[piece] + plan.vocabulary.offset))
     config["vocab_size"] = plan.vocabulary.rows
-    config["auto_map"], config["architectures"] = package["auto_map"], package["architectures"]
-    config["model_type"] = package["model_type"]
+    config.update({name: package[name] for name in IDENTITY if name in package})
+    config["code_version"] = package_module("configuration_chatglm").CODE_VERSION
+    config.setdefault("transformers_version", package["transformers_version"])
     if plan.tied is not None:
         config["tie_word_embeddings"] = plan.tied
     if options.dtype:
@@ -116,32 +124,30 @@ def model_config(plan: Plan, options: Options) -> dict[str, Any]:
         config.pop("dtype", None)  # transformers 5's name for the same field
     if options.bits:
         config["quantization_bit"], config["quantization_group_size"] = options.bits, options.group_size
-    if any(name == EMBEDDING and dtype == "I8" for job in plan.jobs for name, dtype, _ in job.outputs):
-        config["quantize_head"] = True
-        config.pop("quantization_embeddings", None)  # the same layout under the name of the discontinued code
+    config.pop("quantization_embeddings", None)  # the same layout under the name of the official int4 code
+    made = {name: dtype for job in plan.jobs for name, dtype, _ in job.outputs}
+    if made.get(EMBEDDING) == "I8":
+        config["quantize_head"] = 4 if plan.source.head_bits == 4 else True
+    else:
+        config.pop("quantize_head", None)
     return config
 
 
 def generation_config(plan: Plan) -> dict[str, Any]:
     """The source's with moved ids, or the package's with the ids of the config."""
-    name, own = "generation_config.json", plan.source.config
-    if (plan.source.folder / name).exists():
-        content = io.read_json(plan.source.folder, name)
+    own, content = plan.source.config, plan.source.generation
+    if content is not None:
         agreed = {key: own[key] for key in content if isinstance(content[key], int) and isinstance(own.get(key), int)}
         return moved_ids(plan, {**content, **{key: agreed[key] for key in agreed if key.endswith("_token_id")}})
-    package, config = json.loads((PACKAGE / name).read_text(encoding="utf-8")), moved_ids(plan, own)
+    package, config = package_json("generation_config.json"), moved_ids(plan, own)
     return {**package, **{key: config[key] for key in package if key.endswith("_token_id") and key in config}}
 
 
 def write_tokenizer(folder: Path, plan: Plan) -> None:
     """SentencePiece model, chat template, and the package's settings with the source's choices about text."""
-    (folder / VOCAB_FILE).write_bytes(plan.vocabulary.sentencepiece or b"")
-    shutil.copyfile(PACKAGE / "chat_template.jinja", folder / "chat_template.jinja")
-    settings = json.loads((PACKAGE / "tokenizer_config.json").read_text(encoding="utf-8"))
-    if (plan.source.folder / "tokenizer_config.json").exists():
-        own = io.read_json(plan.source.folder, "tokenizer_config.json")
-        settings.update({name: own[name] for name in TOKENIZER_CHOICES if name in own})
-    write_json(folder / "tokenizer_config.json", settings)
+    io.write_file(folder / VOCAB_FILE, plan.vocabulary.sentencepiece or b"")
+    copy(PACKAGE / "chat_template.jinja", folder)
+    write_json(folder / "tokenizer_config.json", {**package_json("tokenizer_config.json"), **plan.source.text_choices})
 
 
 def adapter_config(plan: Plan, options: Options) -> dict[str, Any]:
@@ -160,59 +166,3 @@ def adapter_config(plan: Plan, options: Options) -> dict[str, Any]:
 def shard_index(plan: Plan) -> dict[str, Any]:
     weight_map = {name: file for file, jobs in plan.shards.items() for job in jobs for name, _, _ in job.outputs}
     return {"metadata": {"total_size": plan.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
-
-
-# ------------------------------------------------------------------------------------------------------- the card
-
-
-def model_card(plan: Plan) -> str:
-    base = plan.source.name if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", plan.source.name) else None
-    header = ["---", "language:", "- zh", "- en", "license: other", "library_name: transformers"]
-    header += ["pipeline_tag: text-generation", "tags:", "- chatglm", "- custom_code"]
-    header += [f"base_model: {base}"] if base else []
-    title = {"model": "ChatGLM-6B-Slim", "prefix": "P-tuning v2 prefix for ChatGLM-6B-Slim"}
-    lines = [*header, "---", "", f"# {title.get(plan.source.kind, 'LoRA adapter for ChatGLM-6B-Slim')}", ""]
-    lines += [changes(plan), "", *usage(plan), ""]
-    if plan.vocabulary.figures:
-        lines += [f"Trimmed vocabulary: {plan.vocabulary.figures}. `{ID_MAP}` lists the kept rows.", ""]
-    if plan.source.kind != "adapter":
-        lines += ["The code is under Apache-2.0; the weights stay under the licence they came with.", ""]
-    return "\n".join(lines)
-
-
-def changes(plan: Plan) -> str:
-    vocabulary, cut = plan.vocabulary, plan.vocabulary.source_rows - plan.vocabulary.rows
-    if not any(job.axis is not None for job in plan.jobs):
-        return "The tensors are those of the source, bit for bit; ids are those of the slim vocabulary."
-    kept = "all other numbers are those of the source"
-    copied = all(not job.bits and job.dtype == job.source.dtype for job in plan.jobs)
-    how = "bit for bit" if copied else "converted or quantized as config.json says"
-    return (
-        f"Made by `slim.py`: {cut:,} of {vocabulary.source_rows:,} vocabulary rows were cut "
-        f"({min(vocabulary.offset, cut):,} image tokens that no text uses), {vocabulary.rows:,} are left; "
-        f"{kept}, {how}."
-    )
-
-
-def usage(plan: Plan) -> list[str]:
-    """Code that loads the folder."""
-    if plan.source.kind == "adapter":
-        code = ["from peft import PeftModel", "", 'model = PeftModel.from_pretrained(slim_base_model, "THIS_FOLDER")']
-    elif plan.source.kind == "prefix":
-        code = [
-            "from safetensors.torch import load_file",
-            "from transformers import AutoConfig, AutoModel",
-            "",
-            'config = AutoConfig.from_pretrained("THIS_FOLDER", trust_remote_code=True)',
-            'model = AutoModel.from_pretrained("SLIM_MODEL", config=config, trust_remote_code=True)',
-            'model.load_state_dict(load_file("THIS_FOLDER/model.safetensors"), strict=False)',
-        ]
-    else:
-        code = [
-            "from transformers import AutoModel, AutoTokenizer",
-            "",
-            'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER", trust_remote_code=True)',
-            'model = AutoModel.from_pretrained("THIS_FOLDER", trust_remote_code=True)',
-            'response, history = model.chat(tokenizer, "你好", history=[])',
-        ]
-    return ["```python", *code, "```"]

@@ -12,26 +12,27 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from package import package_module
 from sentencepiece_file import VOCAB_FILE, read_complete, read_pieces
 from slimming import checkpoint_io as io
-from slimming.checkpoint_io import Checkpoint, Exit, Refusal, StoredTensor
+from slimming import settings
+from slimming.checkpoint_io import Checkpoint, Exit, Refusal, StoredTensor, first_line
 
-IMAGE_ROWS = 20_000
+IMAGE_ROWS = package_module("configuration_chatglm").IMAGE_TOKENS
 EMBEDDING, HEAD = "transformer.word_embeddings.weight", "lm_head.weight"
 PREFIX = "transformer.prefix_encoder."
 VOCABULARY_MODULES = ("word_embeddings", "lm_head")
 OWN_NAMES = re.compile(r"transformer\.(layers|word_embeddings|prefix_encoder|final_layernorm)\.|lm_head\.")
 MATRICES = ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
-SIZES = {"num_layers": 28, "hidden_size": 4096, "inner_hidden_size": 16384}  # of a config that doesn't say
 IDS = {"bos_token_id": "<sop>", "eos_token_id": "<eop>", "mask_token_id": "[MASK]", "gmask_token_id": "[gMASK]"}
 OTHER_MODELS = {65024: "ChatGLM2-6B or ChatGLM3-6B", 151552: "GLM-4-9B"}  # by rows
 PUBLISHED_ROWS = (150528, 130528)  # full and slim, for adapters that come without tokenizer
 PUBLISHED_SHA256 = "5e974d9a69c242ce014c88c2b26089270f6198f3c0b700a887666cd3e816f17e"  # of the final ice_text.model
+MAX_LICENSE_BYTES = 1_000_000
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -54,6 +55,8 @@ class Options:
     allow_nonfinite: bool = False
     check: bool = False
     dry_run: bool = False
+    push: str | None = None
+    public: bool = False
 
     @property
     def changes_slim(self) -> bool:
@@ -70,13 +73,21 @@ class Options:
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint with its config (an adapter's own for an adapter) and, where there is one, completed tokenizer."""
+    """A checkpoint with its config (an adapter's own for an adapter) and, where there is one, completed tokenizer.
+
+    Of every settings file only the fields that `settings` lets through.
+    """
 
     name: str  # as the user gave it
     kind: str  # "model", "prefix" (P-tuning v2 alone) or "adapter" (LoRA)
     checkpoint: Checkpoint
     config: dict[str, Any]
     sentencepiece: bytes | None
+    pieces: dict[str, int] | None  # text -> number
+    generation: dict[str, Any] | None  # None: no generation_config.json
+    text_choices: dict[str, Any]  # of tokenizer_config.json
+    license: bytes | None  # MODEL_LICENSE
+    notes: tuple[str, ...]  # what was left out
 
     @property
     def folder(self) -> Path:
@@ -86,28 +97,41 @@ class Source:
     def tensors(self) -> dict[str, StoredTensor]:
         return self.checkpoint.tensors
 
-    @cached_property
-    def pieces(self) -> dict[str, int] | None:
-        if self.sentencepiece is None:
-            return None
-        return {piece.text: index for index, piece in enumerate(read_pieces(self.sentencepiece))}
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    @property
+    def head_bits(self) -> int:
+        """Bits of a quantized embedding, as it is stored; 0 for floats."""
+        stored, hidden = self.tensors.get(EMBEDDING), self.config.get("hidden_size", 4096)
+        if stored is None or stored.dtype != "I8" or len(stored.shape) != 2:
+            return 0
+        return 4 if stored.shape[1] * 2 == hidden else 8
 
 
 def read_source(folder: Path, name: str, options: Options) -> Source:
     """Reads and judges everything about a checkpoint that needs no tensor's numbers."""
-    kind = "adapter" if io.weight_files(folder)[0][0].startswith("adapter_model") else "model"
-    config = io.read_json(folder, "adapter_config.json" if kind == "adapter" else "config.json")
-    judge_family(kind, config)
+    try:
+        return judged_source(folder, name, options)
+    except OSError as error:
+        raise Refusal(Exit.BROKEN_SHARD, f"{folder} can't be read ({first_line(error)})") from None
+
+
+def judged_source(folder: Path, name: str, options: Options) -> Source:
+    adapter = io.weight_files(folder)[0][0].startswith("adapter_model")
+    raw = io.read_json(folder, "adapter_config.json" if adapter else "config.json")
+    judge_family(adapter, raw)
+    config, notes = (settings.adapter_fields if adapter else settings.model_fields)(folder, raw)
+    generation, more = (None, ()) if adapter else settings.generation_fields(folder)
     checkpoint = io.read_checkpoint(folder)
-    if all(tensor.startswith(PREFIX) for tensor in checkpoint.tensors):
-        kind = "prefix"
-    source = Source(name, kind, checkpoint, config, read_sentencepiece(folder, options))
+    prefix = all(tensor.startswith(PREFIX) for tensor in checkpoint.tensors)
+    sentencepiece, pieces = read_sentencepiece(folder, options)
+    choices, most = settings.tokenizer_fields(folder)
+    kind = "adapter" if adapter else "prefix" if prefix else "model"
+    notes = (*checkpoint.notes, *notes, *more, *most)
+    words = read_license(folder)
+    source = Source(name, kind, checkpoint, config, sentencepiece, pieces, generation, choices, words, notes)
     if kind == "model":
         judge_model(source)
+    if kind == "prefix":
+        judge_prefix(source)
     if kind == "adapter" and not any(OWN_NAMES.search(tensor) for tensor in checkpoint.tensors):
         message = f"{folder} adapts {next(iter(checkpoint.tensors))}, which ChatGLM-6B doesn't have: another model's?"
         raise Refusal(Exit.UNSUPPORTED, message)
@@ -115,33 +139,48 @@ def read_source(folder: Path, name: str, options: Options) -> Source:
     return source
 
 
-def judge_family(kind: str, config: dict[str, Any]) -> None:
+def read_license(folder: Path) -> bytes | None:
+    """The licence that the weights came with."""
+    path = folder / "MODEL_LICENSE"
+    if not path.exists() and not path.is_symlink():
+        return None
+    if io.checked_file(folder, path.name).stat().st_size > MAX_LICENSE_BYTES:
+        message = f"{path} has {path.stat().st_size:,} bytes, limit {MAX_LICENSE_BYTES:,}: that is no licence"
+        raise Refusal(Exit.NOT_A_CHECKPOINT, message)
+    return path.read_bytes()
+
+
+def judge_family(adapter: bool, config: dict[str, Any]) -> None:
     rows = config.get("padded_vocab_size")
     if rows:
-        other = OTHER_MODELS.get(rows, "a later GLM")
-        raise Refusal(Exit.WRONG_ROWS, f"a vocabulary of {rows} rows is {other}, only ChatGLM-6B can be slimmed")
-    if kind == "model" and config.get("model_type", "chatglm") != "chatglm":
-        raise Refusal(Exit.UNSUPPORTED, f"model_type is {config['model_type']!r}: only 'chatglm' can be slimmed")
+        other = OTHER_MODELS.get(rows, "a later GLM") if type(rows) is int else "a later GLM"
+        message = f"a vocabulary of {repr(rows)[:80]} rows is {other}, only ChatGLM-6B can be slimmed"
+        raise Refusal(Exit.WRONG_ROWS, message)
+    if not adapter and config.get("model_type", "chatglm") != "chatglm":
+        message = f"model_type is {repr(config['model_type'])[:80]}: only 'chatglm' can be slimmed"
+        raise Refusal(Exit.UNSUPPORTED, message)
 
 
-def read_sentencepiece(folder: Path, options: Options) -> bytes | None:
-    """The folder's (or `--tokenizer`'s) SentencePiece model, completed to its final form."""
-    path = options.tokenizer or folder / VOCAB_FILE
+def read_sentencepiece(folder: Path, options: Options) -> tuple[bytes | None, dict[str, int] | None]:
+    """The folder's (or `--tokenizer`'s) SentencePiece model, completed to its final form, and its pieces by text."""
+    path = options.tokenizer.resolve() if options.tokenizer else folder / VOCAB_FILE
     if options.tokenizer is None and not path.exists() and not path.is_symlink():
-        return None
+        return None, None
     path = io.checked_file(path.parent, path.name)
     try:
         model, _ = read_complete(path)
-        for _ in read_pieces(model):  # so that whatever reads them later needs no judgement of its own
-            pass
-        return model
+        pieces = {piece.text: index for index, piece in enumerate(read_pieces(model))}
     except ValueError as error:
         raise Refusal(Exit.WRONG_TOKENIZER, f"{path}: {first_line(error)}") from None
+    missing = [piece for piece in (*IDS.values(), "<pad>", "</s>") if piece not in pieces]
+    if missing:
+        raise Refusal(Exit.WRONG_TOKENIZER, f"{path} has no piece {missing[0]}: give the file of the weights")
+    return model, pieces
 
 
 def judge_model(source: Source) -> None:
     """Every tensor that the config asks for is there, in its shape; embedding and head agree on their rows."""
-    if EMBEDDING not in source.tensors:
+    if EMBEDDING not in source.tensors or not source.tensors[EMBEDDING].shape:
         judge_foreign(source)
     rows = source.tensors[EMBEDDING].shape[0]
     config_rows = source.config.get("vocab_size", rows)
@@ -149,21 +188,53 @@ def judge_model(source: Source) -> None:
         other = f", which is {OTHER_MODELS[rows]}" if rows in OTHER_MODELS else ""
         message = f"{EMBEDDING} has {rows} rows{other}; config.json says vocab_size {config_rows}: they must agree"
         raise Refusal(Exit.WRONG_ROWS, message)
-    for name, shape in expected_shapes(source.config, rows).items():
+    judge_head(source)
+    for name, shape in expected_shapes(source.config, rows, len(source.tensors), source.head_bits).items():
         if name not in source.tensors:
             raise Refusal(Exit.WRONG_TENSORS, f"missing tensor {name} {list(shape)}: download the checkpoint again")
-        found = source.tensors[name].shape
-        if found != shape:
-            packed = " (an int4 embedding, a discontinued format)" if name == EMBEDDING else ""
-            message = f"{name} has shape {list(found)}{packed}, config.json makes it {list(shape)}: wrong checkpoint?"
-            raise Refusal(Exit.WRONG_TENSORS, message)
-    if HEAD in source.tensors and source.tensors[HEAD].shape[0] != rows:
-        message = f"{HEAD} has {source.tensors[HEAD].shape[0]} rows, {EMBEDDING} {rows}: they must agree"
-        raise Refusal(Exit.WRONG_ROWS, message)
-    if source.tensors[EMBEDDING].dtype == "I8" and f"{EMBEDDING}_scale" not in source.tensors:
-        raise Refusal(Exit.WRONG_TENSORS, f"missing tensor {EMBEDDING}_scale: {EMBEDDING} is int8")
+        judge_shape(source, name, shape)
     if HEAD not in source.tensors and source.config.get("tie_word_embeddings") is False:
         raise Refusal(Exit.WRONG_TENSORS, f"missing tensor {HEAD}: config.json says tie_word_embeddings false")
+    if HEAD in source.tensors:
+        judge_shape(source, HEAD, source.tensors[EMBEDDING].shape)
+
+
+def judge_shape(source: Source, name: str, shape: tuple[int, ...]) -> None:
+    found = source.tensors[name].shape
+    if found != shape:
+        message = f"{name} has shape {list(found)}, config.json makes it {list(shape)}: wrong checkpoint?"
+        raise Refusal(Exit.WRONG_TENSORS, message)
+
+
+def judge_head(source: Source) -> None:
+    """Rows of head and embedding; a quantized embedding has its scales and is stored as config.json says."""
+    rows, head = source.tensors[EMBEDDING].shape[0], source.tensors.get(HEAD)
+    if head is not None and head.shape[:1] != (rows,):
+        message = f"{HEAD} has {head.shape[0] if head.shape else 'no'} rows, {EMBEDDING} {rows}: they must agree"
+        raise Refusal(Exit.WRONG_ROWS, message)
+    bits = source.head_bits
+    says = settings.settings_of(source.folder, source.config).head_bits
+    if bits and f"{EMBEDDING}_scale" not in source.tensors:
+        raise Refusal(Exit.WRONG_TENSORS, f"missing tensor {EMBEDDING}_scale: {EMBEDDING} is int{bits}")
+    if bits and not source.config.get("quantization_bit"):
+        message = f"{EMBEDDING} is int{bits}, and config.json has no quantization_bit: wrong checkpoint?"
+        raise Refusal(Exit.WRONG_TENSORS, message)
+    if says and says != bits:
+        stored = f"int{bits}" if bits else source.tensors[EMBEDDING].dtype
+        message = f"{EMBEDDING} is {stored} {list(source.tensors[EMBEDDING].shape)}, config.json says int{says}"
+        raise Refusal(Exit.WRONG_TENSORS, f"{message}: wrong checkpoint?")
+
+
+def judge_prefix(source: Source) -> None:
+    """A P-tuning prefix alone: config.json says how long it is and of which vocabulary its base."""
+    for name in ("pre_seq_len", "vocab_size"):
+        if not source.config.get(name):
+            message = f"{source.folder / 'config.json'} has no {name}: give the one that the prefix was saved with"
+            raise Refusal(Exit.BAD_SETTINGS, message)
+    for name, shape in prefix_shapes(settings.settings_of(source.folder, source.config)).items():
+        if name not in source.tensors:
+            raise Refusal(Exit.WRONG_TENSORS, f"missing tensor {name} {list(shape)}: download the checkpoint again")
+        judge_shape(source, name, shape)
 
 
 def judge_quantization(source: Source, options: Options) -> None:
@@ -189,11 +260,17 @@ def judge_foreign(source: Source) -> None:
     raise Refusal(Exit.WRONG_TENSORS, f"missing tensor {EMBEDDING}: {source.folder} holds no whole ChatGLM-6B")
 
 
-def expected_shapes(config: dict[str, Any], rows: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a ChatGLM-6B state dict, without the head (which may be tied) and the ignored inv_freq."""
-    layers, hidden, inner = (int(config.get(name, default)) for name, default in SIZES.items())
-    bits, group = int(config.get("quantization_bit") or 0), int(config.get("quantization_group_size") or 0)
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (rows, hidden)}
+def expected_shapes(config: dict[str, Any], rows: int, tensors: int, head_bits: int = 0) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a ChatGLM-6B state dict, without the head (which may be tied) and the ignored inv_freq; for
+    a checkpoint of `tensors` tensors.
+    """
+    fields = settings.settings_of(Path(), config)
+    layers, hidden, inner = fields.num_layers, fields.hidden_size, fields.inner_hidden_size
+    bits, group = fields.quantization_bit, fields.quantization_group_size
+    if layers > tensors:  # known before millions of names are made
+        message = f"config.json says num_layers {layers}, the files hold {tensors} tensors in all: wrong config?"
+        raise Refusal(Exit.WRONG_TENSORS, message)
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (rows, hidden * head_bits // 8 if head_bits else hidden)}
     matrices = ((3 * hidden, hidden), (hidden, hidden), (inner, hidden), (hidden, inner))
     norms = [
         f"transformer.layers.{i}.{which}_layernorm" for i in range(layers) for which in ("input", "post_attention")
@@ -207,14 +284,14 @@ def expected_shapes(config: dict[str, Any], rows: int) -> dict[str, tuple[int, .
             shapes[f"{name}.weight"] = (outputs, inputs * bits // 8 if bits else inputs)
             if bits:
                 shapes[f"{name}.weight_scale"] = (outputs, inputs // group) if group else (outputs,)
-    if config.get("pre_seq_len"):
-        shapes.update(prefix_shapes(config, layers, hidden))
-    return shapes
+    return {**shapes, **prefix_shapes(fields)}
 
 
-def prefix_shapes(config: dict[str, Any], layers: int, hidden: int) -> dict[str, tuple[int, ...]]:
-    length, width = int(config["pre_seq_len"]), 2 * layers * hidden
-    if not config.get("prefix_projection"):
+def prefix_shapes(fields: Any) -> dict[str, tuple[int, ...]]:
+    length, hidden, width = fields.pre_seq_len, fields.hidden_size, 2 * fields.num_layers * fields.hidden_size
+    if not length:
+        return {}
+    if not fields.prefix_projection:
         return {f"{PREFIX}embedding.weight": (length, width)}
     return {
         f"{PREFIX}embedding.weight": (length, hidden),
@@ -280,11 +357,13 @@ def vocabulary_rows(source: Source) -> int:
     if source.kind == "model":
         return source.tensors[EMBEDDING].shape[0]
     if source.kind == "prefix":
-        return int(source.config.get("vocab_size", 0))
-    base = Path(str(source.config.get("base_model_name_or_path")))
-    found = {max(t.shape) for name, t in source.tensors.items() if is_vocabulary(name) and max(t.shape) >= IMAGE_ROWS}
-    if (base / "config.json").is_file():
-        found.add(int(io.read_json(base, "config.json").get("vocab_size", 0)))
+        return source.config["vocab_size"]
+    base = Path(source.config.get("base_model_name_or_path") or ".")
+    lengths = {max(t.shape, default=0) for name, t in source.tensors.items() if is_vocabulary(name)}
+    found = {length for length in lengths if length >= IMAGE_ROWS}
+    if base != Path(".") and (base / "config.json").is_file():
+        rows = io.read_json(base, "config.json").get("vocab_size")
+        found |= {rows} if settings.natural(rows) else set()
     if len(found) > 1 or found & set(OTHER_MODELS):
         message = f"the adapter's vocabulary tensors and its base model have {sorted(found)} rows"
         raise Refusal(Exit.WRONG_ROWS, f"{message}: they must agree, and be ChatGLM-6B's")
@@ -312,8 +391,9 @@ def image_rows(source: Source, rows: int) -> int:
     offset = IMAGE_ROWS if rows >= IMAGE_ROWS + len(source.pieces) else 0
     for field_name, piece in IDS.items():
         value, expected = source.config.get(field_name), source.pieces[piece] + offset
-        end = source.pieces["</s>"] + offset  # which some fine-tuned models stop at
-        if value not in (None, expected) and (field_name, value) != ("eos_token_id", end):
+        # some fine-tuned models stop at </s>, or at either
+        fitting = {expected, source.pieces["</s>"] + offset} if field_name == "eos_token_id" else {expected}
+        if value is not None and not fitting.issuperset(value if isinstance(value, list) else [value]):
             message = f"{field_name} is {value}, but {VOCAB_FILE} and {rows} rows put {piece} at {expected}"
             raise Refusal(Exit.WRONG_TOKENIZER, f"{message}: give the file that belongs to the weights")
     return offset
@@ -341,8 +421,8 @@ def trimmed(vocabulary: Vocabulary, source: Source, options: Options) -> Vocabul
         )
     try:
         kept = trim.kept_pieces(source.sentencepiece, options.corpus, options.keep_languages, options.min_count)
-    except (ValueError, OSError) as error:
-        raise Refusal(Exit.UNSUPPORTED, first_line(error)) from None
+    except (ValueError, OSError, RuntimeError) as error:
+        raise Refusal(Exit.UNSUPPORTED, f"the vocabulary can't be trimmed: {first_line(error)}") from None
     model = trim.with_pieces(source.sentencepiece, kept)
     figures = f"{len(kept):,} of {len(source.pieces or ()):,} pieces stay"
     if options.corpus is not None:
@@ -427,7 +507,8 @@ class Plan:
     vocabulary: Vocabulary
     tied: bool | None  # None where there is neither embedding nor head
     shards: dict[str, list[Job]]
-    notes: tuple[str, ...] = field(default=())
+    allow_nonfinite: bool
+    notes: tuple[str, ...]
 
     @property
     def jobs(self) -> list[Job]:
@@ -438,19 +519,20 @@ class Plan:
         return sum(job.nbytes for job in self.jobs)
 
     def fingerprint(self) -> str:
-        """Changes with every source file, option or layout that could change a shard."""
-        files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.source.checkpoint.files]
+        """Changes with every source file, option, layout or version of the code that could change a shard."""
         jobs = [
-            (name, [(j.source.name, j.dtype, j.axis, j.runs, j.outputs) for j in js])
+            (name, [(j.source.name, j.dtype, j.axis, j.runs, j.bits, j.outputs) for j in js])
             for name, js in self.shards.items()
         ]
-        return hashlib.sha256(json.dumps([str(self.source.folder.resolve()), files, jobs]).encode()).hexdigest()
+        version = package_module("configuration_chatglm").CODE_VERSION
+        source = [str(self.source.folder.resolve()), self.source.checkpoint.identities, self.allow_nonfinite]
+        return hashlib.blake2b(json.dumps([version, source, jobs]).encode(), digest_size=32).hexdigest()
 
 
 def make_plan(source: Source, options: Options) -> Plan:
     """Judges rows and numbers of the vocabulary, and lays every output tensor into its shard."""
     vocabulary = find_vocabulary(source, options)
-    notes = []
+    notes = list(source.notes)
     if vocabulary.sentencepiece and not vocabulary.is_trimmed and source.kind != "adapter":
         digest = hashlib.sha256(vocabulary.sentencepiece).hexdigest()
         notes.append(f"{VOCAB_FILE}: sha256 {digest}" + (", the published file" if digest == PUBLISHED_SHA256 else ""))
@@ -464,7 +546,8 @@ def make_plan(source: Source, options: Options) -> Plan:
         notes.append(f"head: {stored}, so {'stored once, tied' if tied else 'both are stored, untied'}")
     if tied:
         jobs = [job for job in jobs if job.source.name.rsplit(".", 1)[0] != "lm_head"]
-    return Plan(source, vocabulary, tied, lay_out(jobs, source.kind, options.max_shard_size), tuple(notes))
+    shards = lay_out(jobs, source.kind, options.max_shard_size)
+    return Plan(source, vocabulary, tied, shards, options.allow_nonfinite, tuple(notes))
 
 
 def make_job(source: Source, tensor: StoredTensor, vocabulary: Vocabulary, options: Options) -> Job:

@@ -105,7 +105,7 @@ class ChatGLMConfig(PretrainedConfig):
         refuse_later_generations(kwargs)
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
-        self.num_layers = kwargs.pop("num_hidden_layers", num_layers)
+        self.num_layers = num_layers
         self.num_attention_heads = num_attention_heads
         self.layernorm_epsilon = layernorm_epsilon
         self.use_cache = use_cache
@@ -127,14 +127,14 @@ class ChatGLMConfig(PretrainedConfig):
         self.prefix_projection = prefix_projection
         self.residual_scale = 56**0.5 if residual_scale is None else residual_scale
         self.code_version = version_asked_for(code_version)
-        super().__init__(
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id,
-            tie_word_embeddings=tie_word_embeddings,
-            **kwargs,
-        )
-        self.check_values()
+        for name, field in self.attribute_map.items():
+            if name in kwargs:
+                setattr(self, field, kwargs.pop(name))
+        ids = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
+        for field, value in {**ids, "tie_word_embeddings": tie_word_embeddings}.items():
+            setattr(self, field, value)
+        self.check_values()  # before transformers 5 compares some of them
+        super().__init__(**ids, tie_word_embeddings=tie_word_embeddings, **kwargs)
 
     @property
     def head_size(self) -> int:

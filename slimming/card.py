@@ -1,0 +1,133 @@
+"""The README.md of an output: a model card of what is known about it, and nothing else."""
+
+from __future__ import annotations
+
+import re
+
+from slimming.plan import Options, Plan
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+ORIGINAL = "THUDM/chatglm-6b"
+ORIGINAL_SIZES = {"hidden_size": 4096, "num_layers": 28, "inner_hidden_size": 16384}  # also of a config that is silent
+LICENSE_NAME, LICENSE_LINK = "chatglm-6b-license", "https://github.com/THUDM/ChatGLM-6B/blob/main/MODEL_LICENSE"
+TITLES = {
+    "model": "ChatGLM-6B-Slim",
+    "prefix": "P-tuning v2 prefix for ChatGLM-6B-Slim",
+    "adapter": "LoRA adapter for ChatGLM-6B-Slim",
+}
+PACKAGES = "torch transformers sentencepiece accelerate"
+
+
+def model_card(plan: Plan, options: Options, name: str) -> str:
+    """Front matter as the Hub reads it, what was changed, how to load it, whose licence it has.
+
+    Args:
+        name: what a program gives to from_pretrained: the repository, or the folder's name.
+    """
+    kind = plan.source.kind
+    parts = [front_matter(plan, options), f"# {TITLES[kind]}", changes(plan), *usage(kind, name)]
+    if plan.vocabulary.figures:
+        parts.append(
+            f"Trimmed vocabulary: {plan.vocabulary.figures}. `vocabulary_map.json` lists the rows that are left."
+        )
+    parts.append(license_text(plan))
+    return "\n\n".join(parts) + "\n"
+
+
+def is_original_size(plan: Plan) -> bool:
+    config = plan.source.config
+    return all(config.get(field, size) == size for field, size in ORIGINAL_SIZES.items())
+
+
+def base_of(plan: Plan, options: Options) -> str | None:
+    """The Hub id of what it was made from or for, where that is known."""
+    candidates = [options.base if plan.source.kind == "adapter" else None, plan.source.name]
+    found = next((one for one in candidates if one and HUB_ID.fullmatch(one) and one.count("/") == 1), None)
+    return found or (ORIGINAL if plan.source.kind != "adapter" and is_original_size(plan) else None)
+
+
+def front_matter(plan: Plan, options: Options) -> str:
+    kind, base = plan.source.kind, base_of(plan, options)
+    lines = ["---", "language:", "- zh", "- en"]
+    if holds_original_weights(plan):
+        lines += ["license: other", f"license_name: {LICENSE_NAME}", f"license_link: {license_link(plan)}"]
+    lines += [f"library_name: {'peft' if kind == 'adapter' else 'transformers'}", "pipeline_tag: text-generation"]
+    lines += [f"base_model: {base}"] if base else []
+    relation = "adapter" if kind != "model" else "quantized" if options.bits else None
+    lines += [f"base_model_relation: {relation}"] if base and relation else []
+    tags = {"adapter": ["chatglm", "lora"], "prefix": ["chatglm", "custom_code", "p-tuning"]}
+    return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags.get(kind, ["chatglm", "custom_code"])), "---"])
+
+
+def holds_original_weights(plan: Plan) -> bool:
+    """Whether the licence of ChatGLM-6B's weights is known to apply: it came with them, or they have its sizes."""
+    return plan.source.kind == "model" and (plan.source.license is not None or is_original_size(plan))
+
+
+def license_link(plan: Plan) -> str:
+    """The licence that lies beside the card, else the published one."""
+    return "MODEL_LICENSE" if plan.source.license is not None and plan.source.kind != "adapter" else LICENSE_LINK
+
+
+def changes(plan: Plan) -> str:
+    """What `slim.py` did to the source."""
+    vocabulary, cut = plan.vocabulary, plan.vocabulary.source_rows - plan.vocabulary.rows
+    copied = all(not job.bits and job.dtype == job.source.dtype for job in plan.jobs)
+    if not cut or not any(job.axis is not None for job in plan.jobs):
+        how = "the source's, bit for bit" if copied else "the source's, converted or quantized as config.json says"
+        return f"Made by `slim.py`: the numbers are {how}; token ids are those of the slim vocabulary."
+    images = min(vocabulary.offset, cut)
+    which = f" ({images:,} of them image tokens, which no text uses)" if images else ""
+    how = "bit for bit" if copied else "converted or quantized as config.json says"
+    return (
+        f"Made by `slim.py`: {cut:,} of {vocabulary.source_rows:,} vocabulary rows were cut{which}, "
+        f"{vocabulary.rows:,} are left. All other numbers are those of the source, {how}; token ids are lower by the "
+        "rows that were cut before them."
+    )
+
+
+def usage(kind: str, name: str) -> list[str]:
+    """The install line, and code that loads the folder."""
+    packages = f"{PACKAGES} peft" if kind == "adapter" else PACKAGES
+    load = f'.from_pretrained("{literal(name)}", trust_remote_code=True)'
+    code = [
+        "from transformers import AutoModel, AutoTokenizer",
+        "",
+        f"tokenizer = AutoTokenizer{load}",
+        f"model = AutoModel{load}.eval()",
+        'response, history = model.chat(tokenizer, "你好", history=[])',
+    ]
+    if kind == "adapter":
+        code = [
+            "from peft import PeftModel",
+            "from transformers import AutoModel",
+            "",
+            'base = AutoModel.from_pretrained("SLIM_MODEL", trust_remote_code=True)  # the slim model it is for',
+            f'model = PeftModel.from_pretrained(base, "{literal(name)}")',
+        ]
+    elif kind == "prefix":
+        code = [
+            "from safetensors.torch import load_file",
+            "from transformers import AutoConfig, AutoModel",
+            "",
+            f"config = AutoConfig{load}",
+            'model = AutoModel.from_pretrained("SLIM_MODEL", config=config, trust_remote_code=True)  # it is for',
+            f'model.load_state_dict(load_file("{literal(name)}/model.safetensors"), strict=False)  # of this folder',
+        ]
+    blocks = [f"```sh\npip install {packages}\n```", "\n".join(["```python", *code, "```"])]
+    trust = "`trust_remote_code=True` runs the `.py` files of this folder; they are the code of ChatGLM-6B-Slim."
+    return [*blocks, trust] if kind == "model" else blocks
+
+
+def literal(name: str) -> str:
+    """A name inside the quotes of a Python string, on one line of a code block."""
+    return "".join(c if c.isprintable() and c not in '"\\`' else f"\\u{ord(c):04x}" for c in name)
+
+
+def license_text(plan: Plan) -> str:
+    license_of = f"have a licence of their own: [{LICENSE_NAME}]({license_link(plan)})."
+    code = "" if plan.source.kind == "adapter" else " The code in this folder is under Apache-2.0 (`LICENSE`)."
+    if holds_original_weights(plan):
+        return f"The weights of ChatGLM-6B {license_of}{code}"
+    what = "these" if plan.source.kind == "model" else f"this {plan.source.kind}"
+    return f"The weights of ChatGLM-6B, which {what} may be made from or need, {license_of}{code}"
