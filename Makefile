@@ -15,7 +15,7 @@ DTYPE ?=
 DEVICE ?=
 ARGS ?=
 TORCH_INDEX ?=
-TESTS ?= tests
+TESTS ?= tests cpu/tests
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check

@@ -38,6 +38,10 @@ def main(arguments=None):
     install_torch(python, options.torch_index)
     print("installing the rest of requirements.txt", flush=True)
     pip(python, "-r", str(HERE / "requirements.txt"))
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        print("installing chatglm_cpu, the CPU engine", flush=True)
+        if not pip(python, "--editable", str(HERE / "cpu"), fatal=False):
+            print("that failed: everything works without it, only slower on a CPU")
 
 
 def refuse_old_python(version):
