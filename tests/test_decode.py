@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 from chatglm_cpu import instruction_set, program, runtime
-from chatglm_slim import modeling_chatglm
+from chatglm_slim import kernel_routes, modeling_chatglm
 from chatglm_slim.modeling_chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 
 pytestmark = pytest.mark.skipif(
@@ -261,6 +261,20 @@ def drop_bias(model):
     norm.weight.fill_(-1)
 
 
+def weight_as_plain_tensor(model):
+    layer = model.transformer.layers[1].mlp.dense_h_to_4h
+    weight = layer.weight.data.clone()
+    del layer.weight
+    layer.weight = -weight
+
+
+def bias_as_plain_tensor(model):
+    norm = model.transformer.layers[1].input_layernorm
+    bias = norm.bias.data.clone()
+    del norm.bias
+    norm.bias = bias + 3
+
+
 def quantize(model):
     model.quantize(4)
 
@@ -274,7 +288,7 @@ def change_type(model):
     [
         *(replace_weight, write_into_weight, move_data, add_hook, replace_forward, replace_layer, change_norm),
         *(replace_norm, transpose_in_place, change_scale, change_epsilon, add_block, remove_block, change_class),
-        *(skip_block, drop_bias, quantize, change_type),
+        *(skip_block, drop_bias, quantize, change_type, weight_as_plain_tensor, bias_as_plain_tensor),
     ],
 )
 @torch.no_grad()
@@ -286,6 +300,161 @@ def test_a_change_between_two_steps_is_noticed(monkeypatch, served, change):
     after, _ = steps(model)
     assert (before - after).abs().max() > (0.2 if change not in (change_type, quantize) else 1e-3)
     assert all(served[:4])
+
+
+PATCHES = {
+    "block": (modeling_chatglm.GLMBlock, "forward"),
+    "attention module": (modeling_chatglm.SelfAttention, "forward"),
+    "MLP": (modeling_chatglm.MLP, "forward"),
+    "linear module": (torch.nn.Linear, "forward"),
+    "LayerNorm": (torch.nn.LayerNorm, "forward"),
+    "call of a module": (torch.nn.Module, "__call__"),
+    "F.linear": (torch.nn.functional, "linear"),
+    "F.layer_norm": (torch.nn.functional, "layer_norm"),
+    "F.gelu": (torch.nn.functional, "gelu"),
+    "F.scaled_dot_product_attention": (torch.nn.functional, "scaled_dot_product_attention"),
+    "attention": (modeling_chatglm, "attention"),
+    "gelu": (modeling_chatglm, "gelu"),
+    "linear": (modeling_chatglm, "linear"),
+    "rotate": (modeling_chatglm, "rotate"),
+}
+
+
+@pytest.mark.parametrize("name", PATCHES)
+@torch.no_grad()
+def test_a_patched_class_or_function_is_called_at_each_step_and_forgotten_when_it_is_undone(monkeypatch, served, name):
+    model, (owner, attribute) = make_model(), PATCHES[name]
+    before, _ = steps(model)
+    calls, real = [], getattr(owner, attribute)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, attribute, lambda *arguments, **named: calls.append(1) or real(*arguments, **named))
+        _, cache = steps(model)
+        called = len(calls)
+        output = model(torch.tensor([[7]]), past_key_values=cache, use_cache=True)
+        assert called > 0 and len(calls) - called >= len(model.transformer.layers), "not called by a step"
+        assert output.logits.isfinite().all()
+    served.clear()
+    again, _ = steps(model)
+    assert torch.equal(before, again) and all(served)
+
+
+@torch.no_grad()
+def test_a_function_of_the_attention_interface_is_called_for_prompt_and_steps(monkeypatch, served):
+    functions = pytest.importorskip("transformers.modeling_utils")
+    functions = getattr(functions, "ALL_ATTENTION_FUNCTIONS", None)
+    if functions is None:
+        pytest.skip("transformers before 4.48 has no AttentionInterface")
+    calls = []
+
+    def halved(module, query, key, value, visible, scaling=None, dropout=0.0, **rest):
+        calls.append(query.shape[2])
+        context = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scaling)
+        return context.transpose(1, 2) / 2, None
+
+    model = make_model()
+    before, _ = steps(model)
+    for name in ("halved", "sdpa"):
+        monkeypatch.setitem(functions, name, halved)
+        monkeypatch.setattr(model.config, "_attn_implementation", name)
+        calls.clear()
+        served.clear()
+        after, _ = steps(model)
+        assert calls == [8] * 3 + [1] * 3 * (IDS.shape[1] - 8) and not any(served)
+        assert (before - after).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_who_counts_or_casts_what_torch_computes_sees_every_step():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, flops = make_model(), []
+    for _ in range(2):
+        output = model(IDS[:, :8], use_cache=True)
+        with FlopCounterMode(display=False) as counter:
+            model(IDS[:, 8:9], past_key_values=output.past_key_values)
+        flops.append(counter.get_total_flops())
+    products = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
+    assert flops[0] == flops[1] >= 2 * products
+
+
+@torch.no_grad()
+def test_a_mode_that_casts_takes_the_plain_way(served):
+    model = make_model()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        steps(model)
+    assert not any(served)
+
+
+@torch.no_grad()
+def test_a_name_of_torch_that_is_gone_counts_as_a_hook(monkeypatch, served):
+    model = make_model()
+    monkeypatch.setattr(kernel_routes, "GLOBAL_HOOKS", [True, {}])
+    steps(model)
+    assert not any(served)
+
+
+def assigned(model):
+    model.load_state_dict({name: torch.zeros_like(t) for name, t in model.state_dict().items()}, assign=True)
+
+
+def other_data(model):
+    for parameter in model.transformer.layers.parameters():
+        parameter.data = torch.zeros_like(parameter)
+
+
+@pytest.mark.parametrize("quantization", [None, {"bits": 8}], ids=str)
+@pytest.mark.parametrize("swap", [assigned, other_data])
+@pytest.mark.parametrize("how", ["program", "single kernels"])
+@torch.no_grad()
+def test_what_is_swapped_while_a_kernel_runs_stays_in_memory_until_it_ends(monkeypatch, how, swap, quantization):
+    """The swap comes between the addresses and the kernel, and the memory that it frees is filled at once."""
+    model, filled = make_model(quantization=quantization), []
+    caches = [model(IDS[:, :8], use_cache=True).past_key_values for _ in range(3)]
+    layer, x = model.transformer.layers[0].attention.query_key_value, torch.randn(1, 1, 128).to(model.dtype)
+
+    def compute(cache):
+        if how == "single kernels":
+            return modeling_chatglm.linear(layer, x)
+        return model.transformer(IDS[:, 8:9], past_key_values=cache).last_hidden_state
+
+    owner = program if how == "program" else runtime
+    real = owner.launch
+
+    def late(*arguments):
+        if not filled:
+            swap(model)
+            gc.collect()
+            sizes = {parameter.nbytes for parameter in model.parameters()}
+            filled.extend(torch.full((size,), 127, dtype=torch.int8) for size in sizes for _ in range(20))
+        return real(*arguments)
+
+    expected = compute(caches[0])
+    monkeypatch.setattr(owner, "launch", late)
+    during, after = compute(caches[1]), compute(caches[2])
+    assert filled and torch.equal(during, expected) and expected.any()
+    assert not after.any()
+
+
+@torch.no_grad()
+def test_moving_weights_leaves_those_who_compute_with_the_old_ones_what_they_hold():
+    model = make_model()
+    old = {name: (parameter, parameter.clone()) for name, parameter in model.named_parameters()}
+    model.to_huge_pages()
+    gc.collect()
+    assert all(torch.equal(parameter, values) for parameter, values in old.values())
+    assert all(parameter is not old[name][0] for name, parameter in model.named_parameters())
+
+
+@torch.no_grad()
+def test_a_cache_with_an_emptied_layer_takes_the_plain_way(served):
+    model = make_model()
+    _, cache = steps(model)
+    if not hasattr(cache, "layers"):
+        pytest.skip("caches have no layers before transformers 4.54")
+    cache.layers[2].keys = cache.layers[2].values = None
+    served.clear()
+    assert model(torch.tensor([[7]]), past_key_values=cache).logits.isfinite().all()
+    assert served == [False]
 
 
 @torch.no_grad()

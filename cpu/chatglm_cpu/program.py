@@ -136,7 +136,19 @@ class Step(NamedTuple):
         """hidden [B, width], cos and sin of each row's angles [B, head_size / 2], and for each layer the keys and the
         values [B, H, T, D], all tokens' but the last, whose place is written here -> [B, width] after the final norm.
 
-        Tokens of one head are contiguous; T is the same in all layers."""
+        Tokens of one head are contiguous; T is the same in all layers.
+
+        Raises:
+            ValueError: keys or values of another kind, which would be read beyond their end.
+        """
+        heads, size, layers, _ = self.held
+        expected = (len(hidden), heads, states[0][0].shape[2], size)
+        if len(states) != len(layers) or any(
+            x.shape != expected or x.stride()[2:] != (size, 1) or x.dtype != hidden.dtype for kv in states for x in kv
+        ):
+            raise ValueError(
+                f"keys and values of {len(layers)} layers have to be {expected} each, tokens side by side"
+            )
         return self.program.run(hidden, cos, sin, states)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from .ir import BLOCK_ROWS
 from .kernels import decode_attention, gemm, gemv, is_served, is_vector
 from .prompt import prompt_attention
+from .runtime import held
 
 FEW_ROWS = {4: 16, 8: 12, 16: 8}  # bits -> up to so many rows, passes of a gemv beat a gemm
 FEWEST_TOKENS = 256  # of a prompt; below, its matrix products are too small
@@ -49,6 +50,7 @@ def linear(
     """
     if not is_served(x, weight, scale, bits) or not (bias is None or is_vector(bias)):
         return None
+    weight, scale, bias = held(weight), held(scale), held(bias)  # of one moment, whoever swaps them meanwhile
     if x.shape[0] <= FEW_ROWS[bits] or weight.shape[0] < BLOCK_ROWS:
         return gemv(x, weight, scale, bits, bias)
     return gemm(x, weight, scale, bits, bias, int8_activations)
