@@ -446,12 +446,12 @@ def test_moving_weights_leaves_those_who_compute_with_the_old_ones_what_they_hol
 
 
 @torch.no_grad()
-def test_a_cache_with_an_emptied_layer_takes_the_plain_way(served):
+def test_a_cache_with_a_shorter_layer_takes_the_plain_way(served):
     model = make_model()
     _, cache = steps(model)
     if not hasattr(cache, "layers"):
         pytest.skip("caches have no layers before transformers 4.54")
-    cache.layers[2].keys = cache.layers[2].values = None
+    cache.layers[2].keys, cache.layers[2].values = cache.layers[2].keys[:, :, :3], cache.layers[2].values[:, :, :3]
     served.clear()
     assert model(torch.tensor([[7]]), past_key_values=cache).logits.isfinite().all()
     assert served == [False]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as modules_of_torch
 from transformers.utils import logging
 
-from .compat import cached_states, grows_in_place, is_tracing, reserve
+from .compat import cached_length, cached_states, grows_in_place, is_tracing, reserve
 from .cuda_kernels import dequantize as cuda_dequantize
 from .cuda_kernels import linear as cuda_linear
 
@@ -50,13 +50,11 @@ def engine():
     """The module chatglm_cpu, or None where it is missing, too old, or does not start (both said in one line)."""
     try:
         import chatglm_cpu
-    except ImportError as error:
-        if error.name == "chatglm_cpu":
-            return None
-        warn_once(f"the CPU engine does not start ({error}), PyTorch computes, several times slower: {INSTALL} again")
-        return None
     except Exception as error:  # a broken installation breaks no model
-        warn_once(f"the CPU engine does not start ({error}), PyTorch computes, several times slower: {INSTALL} again")
+        if not isinstance(error, ImportError) or error.name != "chatglm_cpu":
+            warn_once(
+                f"chatglm_cpu does not start ({error!r}), PyTorch computes, several times slower: {INSTALL} anew"
+            )
         return None
     level = getattr(chatglm_cpu, "API_LEVEL", 0)
     if level < API_LEVEL:
@@ -352,8 +350,9 @@ def decode_step(blocks: nn.ModuleList, final_norm: nn.Module, hidden: Tensor, ro
         return None
     new = hidden.view(len(hidden), network.heads, 1, network.head_size)
     layers = [block.attention.layer_idx for block in blocks]
-    shapes = {states.shape for layer_idx in layers for states in cached_states(cache, layer_idx)}
-    if len(shapes) != 1 or not all((b, h, d) == (*new.shape[:2], new.shape[3]) for b, h, _, d in shapes):
+    shapes = {tuple(states.shape for states in cached_states(cache, layer_idx)) for layer_idx in layers}
+    held = cached_length(cache)
+    if shapes != {((*new.shape[:2], held, new.shape[3]),) * 2}:  # as many in every layer, of keys and of values
         return None
     step = engine().decode_program(blocks, network, len(hidden), hidden.dtype, rotary[0].shape[4])
     if step is None:
