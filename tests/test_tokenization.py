@@ -300,6 +300,8 @@ def test_parts_have_the_names_that_converters_reach_for(tiny_sp_model, offset):
     assert [parts[index + offset] for index in range(sp.piece_size())] == sp.id_to_piece(list(range(sp.piece_size())))
     assert parts[tokenizer.gmask_token] == tokenizer.gmask_token_id == sp.piece_to_id("[gMASK]") + offset
     assert (parts.num_image_tokens, parts.num_text_tokens, parts.num_tokens) == (offset, 1444, 1444 + offset)
+    ids = tokenizer.encode_text("a  b <eop>")
+    assert parts.encode("a  b <eop>") == ids and parts.decode(torch.tensor(ids)) == "a  b <eop>"
     assert min(sp.get_score(index) for index in range(sp.piece_size())) < 0.0
 
 

@@ -555,10 +555,12 @@ class OfficialParts:
 
     `text_tokenizer.sp` is the SentencePieceProcessor of the complete model, `vocab_file` the file that was loaded,
     `[token]` an id and `[id]` a token; the numbers are those of pieces, of image tokens before them, and of both.
+    `encode` is `encode_text` of the tokenizer, `decode` its own.
     """
 
     def __init__(self, tokenizer: ChatGLMTokenizer) -> None:
         self._tokenizer, self.vocab_file = tokenizer, tokenizer.vocab_file
+        self.encode, self.decode = tokenizer.encode_text, tokenizer.decode
         self.num_image_tokens, self.num_tokens = tokenizer.num_image_tokens, tokenizer.vocab_size
         self.num_text_tokens = self.num_tokens - self.num_image_tokens
         self.text_tokenizer = SimpleNamespace(sp=tokenizer.sp, num_tokens=self.num_text_tokens)
