@@ -12,6 +12,7 @@ import torch
 from packaging.requirements import Requirement
 
 import install
+import slim
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = [ROOT / "README.md", ROOT / "README_zh.md"]
@@ -104,6 +105,18 @@ def test_both_readmes_show_the_same_code():
         return [re.sub(r"#.*", "", code) for code in code_blocks(readme, "python")]
 
     assert without_comments(READMES[0]) == without_comments(READMES[1])
+
+
+def test_commands_that_error_messages_name_as_a_cure_are_commands_of_slim():
+    files = [*ROOT.glob("*.py"), *(ROOT / "slimming").glob("*.py")]
+    named = [
+        line for file in files for line in re.findall(r"`python slim\.py ([^`]+)`", file.read_text(encoding="utf-8"))
+    ]
+    assert len(named) >= 5
+    for line in named:
+        options = slim.parser().parse_args(line.split())
+        # What the Hub has is slim since April 2023, which slim.py refuses without --repackage.
+        assert options.repackage or options.source != "THUDM/chatglm-6b", line
 
 
 def test_links_of_the_readmes_lead_to_files():
