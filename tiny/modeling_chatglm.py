@@ -50,7 +50,7 @@ from .quantization import (
 
 GET_WEIGHTS = (
     "this folder holds the code of ChatGLM-6B-Slim without weights: make a complete folder with "
-    "`python slim.py THUDM/chatglm-6b OUTPUT`, or give from_pretrained a Hub repository that has them"
+    "`python slim.py THUDM/chatglm-6b OUTPUT --repackage`, or give from_pretrained a Hub id that has them"
 )
 
 

@@ -278,7 +278,7 @@ def refuse_offloaded(model: nn.Module, what: str) -> None:
     if away:
         raise ValueError(
             f"{what}: {len(away)} weights are offloaded and not in memory, {away[0]} for one; load the model without "
-            "device_map first, as `python slim.py SOURCE OUTPUT --bits` also does, and move it afterwards"
+            "device_map first, as `python slim.py SOURCE OUTPUT --bits 4` also does, and move it afterwards"
         )
 
 

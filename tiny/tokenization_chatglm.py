@@ -49,7 +49,7 @@ def _load_sentencepiece(vocab_file: str | None, folder: str) -> tuple[spm.Senten
     if vocab_file is None or not os.path.isfile(vocab_file):
         raise ValueError(
             f"No {VOCAB_FILE} at {vocab_file or folder}: make a complete folder with "
-            "`python slim.py THUDM/chatglm-6b OUT`, or download that file from the Hub into the folder."
+            "`python slim.py THUDM/chatglm-6b OUT --repackage`, or download that file from the Hub into the folder."
         )
     try:
         model, complete = read_complete(vocab_file)
