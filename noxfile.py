@@ -6,11 +6,13 @@ itself runs in (through a `.pth` file), and holds only what its transformers ver
     nox -s ladder            all rungs, two at a time, then the table
     nox -s rung-4.26.1       one rung
     nox -s table             the table of the last runs, in Markdown
+    nox -s signatures        a type checker on the signatures of the package's files
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -138,3 +140,28 @@ def ladder(session: nox.Session) -> None:
     failed = [version for version, fine in zip(RUNGS, good) if not fine]
     if failed:
         session.error(f"failed on transformers {', '.join(failed)}")
+
+
+@nox.session(venv_backend="venv")
+def signatures(session: nox.Session) -> None:
+    """mypy on the stubs of the package's files: whether their types exist and agree, also with torch and transformers.
+
+    The bodies are not looked at: most of what stands there is a tensor, of which mypy knows no shape.
+    """
+    session.install("mypy==2.4.1")
+    root = Path(__file__).resolve().parent
+    sys.path.insert(0, str(root))
+    from package import package_files
+
+    stubs = Path(session.create_tmp(), "stubs").resolve()
+    shutil.rmtree(stubs, ignore_errors=True)
+    package = stubs / "source" / "chatglm_slim"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    for file in package_files():
+        shutil.copy(file, package)
+    with session.chdir(package.parent):
+        session.run("stubgen", "--quiet", "--parse-only", "--output", str(stubs), "--package", package.name)
+    with session.chdir(stubs):
+        settings = ("--config-file", str(root / "pyproject.toml"), "--python-executable", sys.executable)
+        session.run("mypy", *settings, "--cache-dir", str(stubs.parent / "cache"), "--package", package.name)
