@@ -41,6 +41,7 @@ SUITES = [
     "cuda_kernels",
     "kernels_of_torch",
     "long_prompts",
+    "weight_files",
 ]
 AT_ONCE = 2
 REPORTS = Path(".nox") / "reports"

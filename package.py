@@ -35,12 +35,12 @@ def package_files() -> list[Path]:
     return sorted(found.values())
 
 
-def copy_package(folder: Path) -> list[str]:
+def copy_package(folder: Path, tokenizer: bool = True) -> list[str]:
     """Makes `folder` a model's folder of this code but for config, vocabulary and weights; the names of the files.
 
-    A config.json that is there is told the version of the code beside it.
+    A config.json that is there is told the version of the code beside it. Without `tokenizer` its settings stay away.
     """
-    names = [*(path.name for path in package_files()), *SETTINGS]
+    names = [*(path.name for path in package_files()), *(SETTINGS if tokenizer else ())]
     for name in names:
         shutil.copyfile(ROOT / name, folder / name)
     if (folder / "config.json").is_file():

@@ -267,6 +267,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Refusal as refusal:
         print(f"slim.py: {io.printable(str(refusal))[:MAX_LINE]}", file=sys.stderr)
         return int(refusal.code)
+    except OSError as error:
+        print(f"slim.py: {io.printable(first_line(error))}: run the same command again, or elsewhere", file=sys.stderr)
+        return int(Exit.WRITE_FAILED)
     except KeyboardInterrupt:
         print("slim.py: stopped; the same command goes on from here", file=sys.stderr)
         return 130

@@ -29,17 +29,17 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from slimming import checkpoint_io as io  # noqa: E402
-from slimming.plan import EMBEDDING, HEAD, expected_shapes  # noqa: E402
+from slimming.plan import EMBEDDING, HEAD, IMAGE_ROWS, expected_shapes  # noqa: E402
 
-ROWS, PIECES, IMAGE_ROWS, SHARDS = 150528, 130000, 20000, 8
-CONFIG = {"model_type": "chatglm", "hidden_size": 4096, "inner_hidden_size": 16384, "num_attention_heads": 32}
-CONFIG.update(vocab_size=ROWS, bos_token_id=150004, eos_token_id=150005, mask_token_id=150000, gmask_token_id=150001)
-CONFIG.update(pad_token_id=20003, torch_dtype="float16", layernorm_epsilon=1e-5, position_encoding_2d=True)
+RELEASED = json.loads((ROOT / "config.json").read_text(encoding="utf-8"))
+MOVED = {name: value + IMAGE_ROWS for name, value in RELEASED.items() if name.endswith("_token_id")}
+ROWS, PIECES, SHARDS = RELEASED["vocab_size"] + IMAGE_ROWS, 130000, 8
+CONFIG = {**RELEASED, **MOVED, "vocab_size": ROWS}
 
 
 def tensors_by_shard(layers: int) -> Iterator[list[tuple[str, str, tuple[int, ...]]]]:
     """(name, dtype, shape) of each shard: the embedding in the first, the head alone in the last, as published."""
-    shapes = expected_shapes({**CONFIG, "num_layers": layers}, ROWS)
+    shapes = expected_shapes({**CONFIG, "num_layers": layers}, ROWS, tensors=20 * layers)
     names = [EMBEDDING, *(name for name in shapes if name != EMBEDDING)]
     size = {name: int(numpy.prod(shapes[name])) * 2 for name in names}
     limit = 1.05 * sum(size.values()) / (SHARDS - 1)

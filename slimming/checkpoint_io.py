@@ -84,7 +84,7 @@ EXIT_MEANINGS = {
     Exit.ALREADY_SLIM: "slim already, and nothing else to do",
     Exit.UNSUPPORTED: "a kind, dtype or option that can't be served",
     Exit.HUB: "download or upload failed",
-    Exit.WRITE_FAILED: "writing failed; the same command resumes",
+    Exit.WRITE_FAILED: "reading or writing failed; the same command resumes",
     Exit.BUSY: "another run writes the same OUTPUT",
     Exit.BAD_SETTINGS: "a field of the source's settings that no ChatGLM-6B can have",
 }

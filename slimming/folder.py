@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from package import ROOT as PACKAGE
-from package import package_files, package_module
+from package import copy_package, package_module
 from slimming import checkpoint_io as io
 from slimming.card import model_card
 from slimming.checkpoint_io import Exit, Refusal
@@ -25,8 +25,7 @@ def write_folder(folder: Path, plan: Plan, options: Options, name: str) -> None:
     else:
         write_json(folder / "config.json", model_config(plan, options))
         write_json(folder / "generation_config.json", generation_config(plan))
-        for path in package_files():
-            copy(path, folder)
+        copy_package(folder, tokenizer=False)
         copy_licenses(plan, folder)
     if plan.vocabulary.sentencepiece is not None:
         write_tokenizer(folder, plan)

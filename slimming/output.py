@@ -40,6 +40,8 @@ def named_output(output: str | Path) -> Path:
     if not text.strip() or "\0" in text:
         raise Refusal(Exit.USAGE, f"OUTPUT is {text!r}: give the name of a folder to make")
     path = Path(os.path.abspath(text))
+    if not path.name:
+        raise Refusal(Exit.OUTPUT_EXISTS, f"OUTPUT is {path}, which exists: give another name")
     if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
         message = f"OUTPUT's name has {len(os.fsencode(path.name))} bytes, limit {MAX_NAME_BYTES}"
         raise Refusal(Exit.USAGE, f"{message}: give a shorter one")
@@ -67,8 +69,8 @@ def judge_partial(partial: Path) -> None:
     """A folder that only has the temporary one's name isn't ours to fill and rename."""
     try:
         status = partial.lstat()
-    except FileNotFoundError:
-        return
+    except (FileNotFoundError, NotADirectoryError):
+        return  # whether it can be made shows when it is
     ours = not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
     if stat.S_ISDIR(status.st_mode) and ours:
         names = os.listdir(partial)

@@ -199,7 +199,7 @@ def tokenizer_fields(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
         raw = io.read_json(folder, name)
         package = io.read_json(PACKAGE, name)
         names = ("name_or_path", "tokenizer_file", "special_tokens_map_file", "end_token", "gmask_token", "eop_token")
-        own, dropped = filtered(raw, TOKENIZER, (*package, *names))
+        own, dropped = filtered(raw, TOKENIZER, (*(set(package) - set(TOKENIZER)), *names))
         own = {key: value for key, value in own.items() if value is not None}
         dropped += foreign_code(raw)
         if raw.get("chat_template") == template(PACKAGE):
