@@ -119,7 +119,10 @@ def timed(function, inputs, matrices) -> list[float]:
 
 def measure(rows: int, matrices: list[Matrix], kernels, quantization, runs: int) -> list[tuple]:
     """(name, bytes, seconds) of every candidate, the passes that only read first."""
-    xs = {dtype: [torch.randn(rows, m.shape[1]).to(dtype) for m in matrices] for dtype in kernels.IR_TYPES}
+    xs = {
+        dtype: [torch.randn(rows, m.shape[1]).to(dtype) for m in matrices]
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    }
     weights = sum(m.shape[0] * m.shape[1] for m in matrices)
     cases = {f"only read, {size} bytes": (torch.bfloat16, size, reader, 1) for size, reader in readers().items()}
     cases.update({name: case for name, case in candidates(kernels, quantization).items() if rows <= case[3]})
@@ -190,11 +193,14 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    kernels, quantization = package_module("cpu_kernels"), package_module("quantization")
+    quantization = package_module("quantization")
+    import chatglm_cpu as kernels  # found by now, in this clone or where it is installed
+    import chatglm_cpu.prompt
+
     print(describe())
     if options.attention:
         with torch.inference_mode():
-            report_attention(package_module("cpu_attention"), options.attention, options.runs)
+            report_attention(chatglm_cpu.prompt, options.attention, options.runs)
         return
     print("instruction set of our kernels:", kernels.instruction_set() or "none (llvmlite is missing or no AVX2)")
     matrices = [Matrix(*shape) for shape in (HEAD if options.head else LAYER)]

@@ -90,7 +90,8 @@ def weights_of(model) -> dict[str, Tensor]:
 
 def activation_errors() -> str:
     """Relative errors of a product whose activations are rounded to int8."""
-    rounded = package_module("cpu_kernels").activations_as_int8
+    from chatglm_cpu.kernels import activations_as_int8 as rounded
+
     generator = torch.Generator().manual_seed(1)
     weight, x = torch.randn(1024, 4096, generator=generator), torch.randn(64, 4096, generator=generator)
     outliers = x.clone()

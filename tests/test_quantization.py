@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 
 import pytest
@@ -210,6 +211,80 @@ def test_quantize_is_idempotent_and_refuses_a_second_format(config):
         model.quantize(4)
     with pytest.raises(ValueError, match=r"quantize\(5\)"):
         ChatGLMForConditionalGeneration(plain).quantize(5)
+
+
+@pytest.mark.parametrize("bits", ["4", 4.0, True, None, 5])
+def test_other_bits_are_named_as_they_came(config, bits):
+    with pytest.raises(ValueError, match=re.escape(f"quantize({bits!r})")):
+        ChatGLMForConditionalGeneration(config).quantize(bits)
+
+
+def test_arguments_of_the_official_quantize_are_taken_and_those_without_effect_named(config, caplog):
+    kernel_routes.warn_once.cache_clear()
+    model = ChatGLMForConditionalGeneration(config).quantize(
+        bits=4, empty_init=True, kernel_file="x.so", use_quantization_cache=False, quantize_embeddings=True
+    )
+    told = [text for text in caplog.messages if "has no effect here" in text]
+    assert len(told) == 2 and "empty_init=True" in told[0] and "kernel_file='x.so'" in told[1]
+    assert model.config.head_bits == 4 and isinstance(model.lm_head, QuantizedLinear) and model.lm_head.bits == 4
+    with pytest.raises(TypeError, match="'bit'"):
+        ChatGLMForConditionalGeneration(copy.deepcopy(plain_of(config))).quantize(4, bit=3)
+
+
+def plain_of(config):
+    config.quantization_bit, config.quantize_head = 0, False
+    return config
+
+
+def test_an_offloaded_weight_is_named_before_anything_changes(config):
+    model = ChatGLMForConditionalGeneration(config)
+    layer = model.transformer.layers[1].mlp.dense_h_to_4h
+    layer.weight = torch.nn.Parameter(layer.weight.to("meta"))
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match=r"quantize\(8\): 1 weights are offloaded.*layers.1.mlp.dense_h_to_4h.weight"):
+        model.quantize(8)
+    assert [type(module) for module in model.modules()] == before and model.config.quantization_bit == 0
+
+
+@pytest.mark.parametrize("options", FORMATS)
+@torch.no_grad()
+def test_dequantize_gives_plain_layers_with_the_same_numbers_back(config, tmp_path, options):
+    torch.manual_seed(3)
+    model = ChatGLMForConditionalGeneration(config).eval().quantize(**options)
+    expected = model(IDS).logits
+    assert model.dequantize() is model and not list(layers_of(model, (QuantizedLinear, QuantizedEmbedding)))
+    assert type(model.transformer.layers[0].mlp.dense_h_to_4h) is Linear is type(model.lm_head)
+    assert model.lm_head.weight is model.transformer.word_embeddings.weight
+    torch.testing.assert_close(model(IDS).logits, expected, rtol=0, atol=1e-4)
+    assert all(parameter.requires_grad for parameter in model.parameters() if parameter.is_floating_point())
+    model.save_pretrained(tmp_path)
+    again = ChatGLMForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert again.config.quantization_bit == 0 and torch.equal(again(IDS).logits, model(IDS).logits)
+    model.quantize(**options)
+    torch.testing.assert_close(model(IDS).logits, expected, rtol=0, atol=1e-4)  # the same integers and scales
+
+
+def test_dequantize_takes_a_type_and_leaves_plain_models_as_they_are(config):
+    model = ChatGLMForConditionalGeneration(config)
+    weight = model.lm_head.weight
+    assert model.dequantize().lm_head.weight is weight
+    assert (
+        model.half().quantize(8).dequantize(torch.float32).transformer.layers[0].mlp.dense_h_to_4h.weight.dtype
+        == torch.float32
+    )
+
+
+def test_one_configuration_serves_two_models_that_are_quantized_differently(config):
+    first, second = ChatGLMForConditionalGeneration(config), ChatGLMForConditionalGeneration(config)
+    first.quantize(4)
+    second.quantize(8)
+    assert (first.config.quantization_bit, second.config.quantization_bit) == (4, 8)
+    assert second.transformer.config.quantization_bit == 8 and config.quantization_bit == 0
+
+
+def test_plain_layers_are_those_of_torch_so_that_other_quantizers_find_them(config):
+    model = ChatGLMForConditionalGeneration(config)
+    assert {type(layer) for layer in layers_of(model, Linear)} == {Linear}
 
 
 def test_activations_are_quantized_on_request_only_and_the_switch_is_saved(config, tmp_path, no_kernels):
