@@ -52,12 +52,22 @@ def copy_package(folder: Path, tokenizer: bool = True) -> list[str]:
 
 
 def package_module(name: str) -> types.ModuleType:
-    """A file of the package, which imports its neighbours relatively, as a module of a package; and where chatglm_cpu
-    is not installed, it is found in this clone."""
-    if str(ROOT / "cpu") not in sys.path:
-        sys.path.append(str(ROOT / "cpu"))
+    """A file of the package, which imports its neighbours relatively, as a module of a package."""
+    find_engine()
     if "chatglm_slim" not in sys.modules:
         package = types.ModuleType("chatglm_slim")
         package.__path__ = [str(ROOT)]
         sys.modules["chatglm_slim"] = package
     return importlib.import_module(f"chatglm_slim.{name}")
+
+
+def find_engine() -> None:
+    """Where chatglm_cpu is not installed, it is found in this clone."""
+    if str(ROOT / "cpu") not in sys.path:
+        sys.path.append(str(ROOT / "cpu"))
+
+
+def engine_module(name: str = "") -> types.ModuleType:
+    """chatglm_cpu, or a file of it."""
+    find_engine()
+    return importlib.import_module(f"chatglm_cpu.{name}" if name else "chatglm_cpu")

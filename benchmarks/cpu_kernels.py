@@ -23,7 +23,7 @@ from machine import describe, load_average
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from package import package_module
+from package import engine_module, package_module
 
 LAYER = ((12288, 4096), (4096, 4096), (16384, 4096), (4096, 16384))  # query_key_value, dense, dense_h_to_4h, _4h_to_h
 HEAD = ((130528, 4096),)
@@ -193,14 +193,11 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    quantization = package_module("quantization")
-    import chatglm_cpu as kernels  # found by now, in this clone or where it is installed
-    import chatglm_cpu.prompt
-
+    kernels, quantization = engine_module(), package_module("quantization")
     print(describe())
     if options.attention:
         with torch.inference_mode():
-            report_attention(chatglm_cpu.prompt, options.attention, options.runs)
+            report_attention(engine_module("prompt"), options.attention, options.runs)
         return
     print("instruction set of our kernels:", kernels.instruction_set() or "none (llvmlite is missing or no AVX2)")
     matrices = [Matrix(*shape) for shape in (HEAD if options.head else LAYER)]

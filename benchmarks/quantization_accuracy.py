@@ -22,7 +22,7 @@ from transformers import AutoModel, AutoTokenizer
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from package import package_module  # noqa: E402
+from package import engine_module  # noqa: E402
 
 FORMATS = {
     "INT8 per row (official)": {"bits": 8},
@@ -90,8 +90,7 @@ def weights_of(model) -> dict[str, Tensor]:
 
 def activation_errors() -> str:
     """Relative errors of a product whose activations are rounded to int8."""
-    from chatglm_cpu.kernels import activations_as_int8 as rounded
-
+    rounded = engine_module("kernels").activations_as_int8
     generator = torch.Generator().manual_seed(1)
     weight, x = torch.randn(1024, 4096, generator=generator), torch.randn(64, 4096, generator=generator)
     outliers = x.clone()

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .crowding import Watch
 from .ir import CHUNK, LARGEST_HEAD, Arguments, Variant
 from .kernels import (
     GEMV_ROWS,
@@ -210,6 +211,7 @@ class Program:
     def __init__(self, network: Network, purpose: Purpose, state: list):
         self.purpose, self.state = purpose, state
         self.lock = threading.Lock()  # there is one set of buffers
+        self.watch = Watch(purpose.threads)
         self.is_complete = is_served_network(network, purpose)
         if self.is_complete:
             self._assemble(list(self._kernels(network)))
@@ -227,6 +229,7 @@ class Program:
             words = torch.tensor([list(of_layer.values()) for of_layer in arguments], device="cpu")
             self.attention[:, [WORD[name] for name in arguments[0]]] = words
             launch(self.address, self.words.data_ptr(), self.purpose.threads)
+            self.watch.step()
             return self.normed.clone()
 
     # --- assembling ----------------------------------------------------------------------------------------------
