@@ -232,6 +232,10 @@ try:  # 4.48
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 except ImportError:
     ALL_ATTENTION_FUNCTIONS = {}
+try:  # 4.53
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
+except ImportError:
+    ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask = {}, None, None
 
 
 def chosen_attention(config):
@@ -243,6 +247,30 @@ def chosen_attention(config):
     )
     own = name == "sdpa" and getattr(function, "__module__", "").startswith("transformers.")
     return None if own else function
+
+
+def chosen_mask(config, visible: Optional[Tensor], dtype: torch.dtype) -> Optional[Tensor]:
+    """The mask for such a function: bool, True for keys that are read; one to add to the scores where transformers'
+    `eager_mask` is registered for it with AttentionMaskInterface.
+
+    Raises:
+        ValueError: a mask of another kind is registered, which a GLM context cannot be put into.
+    """
+    name = config._attn_implementation
+    asked = ALL_MASK_ATTENTION_FUNCTIONS.get(name, sdpa_mask)
+    if visible is None or asked is sdpa_mask:
+        return visible
+    if asked is eager_mask:
+        return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
+    raise ValueError(
+        f"the mask registered for attn_implementation = {name!r} is {asked!r}: ChatGLM's is no causal one, register "
+        "transformers' sdpa_mask or eager_mask for it"
+    )
+
+
+def generation_settings(model):
+    """Where the defaults of `generate` stand: in the model's configuration below 4.25."""
+    return getattr(model, "generation_config", model.config)
 
 
 def is_tracing() -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from chatglm_slim import kernel_routes
+from chatglm_slim import configuration_chatglm
 from chatglm_slim.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_slim.tokenization_chatglm import ChatGLMTokenizer
 from safetensors.torch import load_file, save_file
@@ -39,8 +39,8 @@ def folder_of(golden, tmp_path, name):
 @torch.no_grad()
 def test_a_first_release_checkpoint_answers_as_the_slim_one_with_one_warning(golden, tmp_path, monkeypatch):
     warnings = []
-    monkeypatch.setattr(kernel_routes.logger, "warning", warnings.append)
-    kernel_routes.warn_once.cache_clear()
+    monkeypatch.setattr(configuration_chatglm.logger, "warning", warnings.append)
+    configuration_chatglm.warn_once.cache_clear()
     full = ChatGLMForConditionalGeneration.from_pretrained(folder_of(golden, tmp_path, "trim/preslim")).float().eval()
     assert len(warnings) == 1 and "20000 image-token rows" in warnings[0] and "python slim.py" in warnings[0]
     slim = ChatGLMForConditionalGeneration.from_pretrained(folder_of(golden, tmp_path, "trim/slim")).float().eval()

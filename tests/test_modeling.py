@@ -621,6 +621,50 @@ def test_sentence_vectors_of_the_documentation_are_means_over_a_texts_own_tokens
         torch.testing.assert_close(vector, by_hand, rtol=0, atol=1e-5)
 
 
+def registered(name, function, mask=None):
+    """`attn_implementation` = name for a function with transformers' AttentionInterface, as a user does it."""
+    interface = pytest.importorskip("transformers.modeling_utils")
+    if not hasattr(interface, "AttentionInterface"):
+        pytest.skip("this transformers version has no AttentionInterface")
+    interface.AttentionInterface.register(name, function)
+    if mask is not None:
+        pytest.importorskip("transformers.masking_utils").AttentionMaskInterface.register(name, mask)
+    return name
+
+
+def attention_like(kind, calls):
+    def attend(module, query, key, value, mask, scaling=None, dropout=0.0, **kwargs):
+        calls.append(query.shape[2])
+        if mask is not None:
+            assert (mask.dtype == torch.bool) == (kind == "bool")
+        context = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
+        return context.transpose(1, 2), None
+
+    return attend
+
+
+@pytest.mark.parametrize("kind", ["bool", "added"])
+@torch.no_grad()
+def test_a_registered_attention_is_called_with_the_mask_of_its_kind(golden_model, kind):
+    model, calls = golden_model("base2d")[0], []
+    expected = model(IDS).logits, model.generate(IDS[:, :6], do_sample=False, max_new_tokens=3)
+    mask = None if kind == "bool" else pytest.importorskip("transformers.masking_utils").eager_mask
+    model.config._attn_implementation = registered(f"{kind}_of_a_test", attention_like(kind, calls), mask)
+    torch.testing.assert_close(model(IDS).logits, expected[0], rtol=1e-5, atol=1e-5)
+    assert calls == [11] * model.config.num_layers
+    assert torch.equal(model.generate(IDS[:, :6], do_sample=False, max_new_tokens=3), expected[1])
+    assert calls.count(1) == 2 * model.config.num_layers
+
+
+@torch.no_grad()
+def test_a_mask_that_cannot_hold_a_glm_context_is_refused(golden_model):
+    model = golden_model("base2d")[0]
+    name = registered("other_of_a_test", attention_like("bool", []), lambda *args, **kwargs: None)
+    model.config._attn_implementation = name
+    with pytest.raises(ValueError, match="register transformers' sdpa_mask or eager_mask"):
+        model(IDS)
+
+
 # --- bad input ------------------------------------------------------------------------------------------------------
 
 
@@ -666,7 +710,7 @@ def test_text_beyond_the_trained_length_works_with_one_warning(caplog):
         max_sequence_length=8,
     )
     model = ChatGLMForConditionalGeneration(config).eval()
-    import chatglm_slim.kernel_routes as module
+    import chatglm_slim.configuration_chatglm as module
 
     messages = []
     module.warn_once.cache_clear()

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from .compat import generation_settings
+
 CHINESE = "\u4e00-\u9fff"
 FULL_WIDTH = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
 DATE_PLACEHOLDER = "[[训练时间]]"
@@ -343,7 +345,7 @@ class ChatMixin:
         if not options["do_sample"]:  # generate would warn that they have no effect
             options = {name: value for name, value in options.items() if name not in ("top_p", "temperature", "top_k")}
         else:
-            settings = options.get("generation_config") or getattr(self, "generation_config", self.config)
+            settings = options.get("generation_config") or generation_settings(self)
             own = getattr(settings, "top_k", None)
             options.setdefault("top_k", 50 if own is None else own)  # as in the transformers that the original ran on
         answer = Answer(rounds.tokenizer, prompt.shape[1], self.process_response, stop, options.get("num_beams") or 1)

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as modules_of_torch
-from transformers.utils import logging
 
 from .compat import cached_length, cached_states, grows_in_place, is_tracing, reserve
+from .configuration_chatglm import warn_once
 from .cuda_kernels import dequantize as cuda_dequantize
 from .cuda_kernels import linear as cuda_linear
 
@@ -31,13 +31,6 @@ SMALLEST = 1 << 20  # weights of a matrix; below, unpacking takes 3 ms at most, 
 INT4_GROUPS = (256, 128, 64, 32)  # columns a scale that PyTorch's INT4 product knows
 INT4_BLOCK = 64  # rows of a weight that it takes together on any processor
 PACKED_AT_ONCE = 1 << 20  # weights, which take four bytes each while they are packed
-
-logger = logging.get_logger(__name__)
-
-
-@functools.cache
-def warn_once(message: str) -> None:
-    logger.warning(message)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

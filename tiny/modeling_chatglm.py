@@ -32,13 +32,14 @@ from .compat import (
     cached_length,
     check_weight_files,
     chosen_attention,
+    chosen_mask,
     fixed_length,
     is_tracing,
     one_of,
 )
-from .configuration_chatglm import ChatGLMConfig, warn_of_other_code
+from .configuration_chatglm import ChatGLMConfig, warn_of_other_code, warn_once
 from .cuda_kernels import linear as cuda_linear  # noqa: F401
-from .kernel_routes import attention, decode_step, gelu, linear, move_to_huge_pages, warn_once
+from .kernel_routes import attention, decode_step, gelu, linear, move_to_huge_pages
 from .quantization import (
     QuantizedEmbedding,
     QuantizedLinear,
@@ -227,6 +228,8 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class SelfAttention(nn.Module):
+    is_causal, num_key_value_groups = False, 1  # what functions of transformers' AttentionInterface look for
+
     def __init__(self, config: ChatGLMConfig, layer_idx: int):
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
@@ -244,8 +247,8 @@ class SelfAttention(nn.Module):
             visible = F.pad(visible, (0, key.shape[2] - visible.shape[-1]), value=False)
         chosen = None if output_attentions else chosen_attention(self.config)
         if chosen is not None:
-            scale = self.head_size**-0.5
-            context, weights = chosen(self, query, key, value, visible, dropout=0.0, scaling=scale, is_causal=False)
+            mask, scale = chosen_mask(self.config, visible, query.dtype), self.head_size**-0.5
+            context, weights = chosen(self, query, key, value, mask, dropout=0.0, scaling=scale, is_causal=False)
         elif output_attentions or getattr(self.config, "_attn_implementation", None) == "eager":
             context, weights = eager_attention(query, key, value, visible)
             context = context.transpose(1, 2)
