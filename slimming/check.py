@@ -28,11 +28,11 @@ PUBLISHED_ROWS = 150528  # of the first release, for adapters and prefixes that 
 BLOCK_BYTES = 1 << 23
 MAX_LINE = 600  # characters of a difference
 EMBEDDING, HEAD = "transformer.word_embeddings.weight", "lm_head.weight"
-MATRIX = re.compile(r"\.(attention\.(query_key_value|dense)|mlp\.(dense_h_to_4h|dense_4h_to_h))\.weight")
+MATRIX = re.compile(r"\.(attention\.(query_key_value|dense)|mlp\.(dense_h_to_4h|dense_4h_to_h))\.weight$")
 DTYPES = {"BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"}
 DTYPES.update({"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"})
 SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, SafetensorError, RecursionError)
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError, SafetensorError)
 
 
 class Difference(Exception):
@@ -409,11 +409,17 @@ def check(source: Path, output: Path, options: Options) -> bool:
     from slimming import check_files, check_network
 
     proved, differences = Proved(), []
-    case = read_case_of(source, output, options, differences)
-    if case is None:
-        return report(proved, differences)
     found: dict[str, Stored] = {}
-    tied = is_tied(case) if case.kind == "model" else None
+    known: list[tuple[Case, bool | None]] = []
+
+    def rows() -> None:
+        case = read_case(source, output, options)
+        known.append((case, is_tied(case) if case.kind == "model" else None))
+
+    guarded("rows", rows, differences)
+    if not known:
+        return report(proved, differences)
+    case, tied = known[0]
 
     def tensors() -> None:
         found.update(read_tensors(output, only_safetensors=True))
@@ -436,12 +442,6 @@ def check(source: Path, output: Path, options: Options) -> bool:
             break  # numbers or settings are known to be wrong
         guarded(part.__name__, part, differences)
     return report(proved, differences)
-
-
-def read_case_of(source: Path, output: Path, options: Options, differences: list[str]) -> Case | None:
-    cases: list[Case] = []
-    guarded("rows", lambda: cases.append(read_case(source, output, options)), differences)
-    return cases[0] if cases else None
 
 
 def guarded(part: str, compare: Callable[[], None], differences: list[str]) -> None:

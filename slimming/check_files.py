@@ -6,11 +6,13 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from package import ROOT as PACKAGE
 from slimming.check import EMBEDDING, Case, Difference, Proved, Stored, named, read_json
+from slimming.plan import Options
 
 CODE_ENTRIES = ("configuration_chatglm.py", "modeling_chatglm.py", "tokenization_chatglm.py")
 WORKING_FILES = ("slim.lock", "slim-journal.json")  # of slim.py, in its temporary folder alone
@@ -41,16 +43,17 @@ AUTO_MAP.update({"AutoModelForCausalLM": MODEL_CLASS, "AutoModelForSeq2SeqLM": M
 # Fields that say nothing of the network; text among them names no code and no place.
 VERSION = r"[\w.+-]{1,40}"
 FURTHER_TEXTS = {"transformers_version": VERSION, "code_version": VERSION, "tokenizer_class": "ChatGLMTokenizer"}
-FURTHER_TEXTS["early_stopping"] = "never"
-LABELS = {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}, "pruned_heads": {}}
 SWITCHES = ("do_sample", "use_cache")
 COUNTS = ("max_length", "max_new_tokens", "min_length", "top_k", "num_beams", "no_repeat_ngram_size")
 COUNTS += ("num_return_sequences",)
+RARE = ("early_stopping", "min_new_tokens", "num_beam_groups", "typical_p", "min_p", "epsilon_cutoff", "eta_cutoff")
+RARE += ("diversity_penalty", "renormalize_logits", "remove_invalid_values", "_from_model_config")
 NUMBERS = ("temperature", "top_p", "repetition_penalty", "length_penalty")
 TEXT_CHOICES = {"do_lower_case": bool, "remove_space": bool, "model_max_length": (int, float)}
 TEXT_CHOICES["clean_up_tokenization_spaces"] = bool
 LORA_NUMBERS = ("peft_type", "r", "lora_alpha", "target_modules", "modules_to_save", "use_rslora", "use_dora", "bias")
 LORA_NUMBERS += ("fan_in_fan_out", "rank_pattern", "alpha_pattern", "layers_to_transform", "lora_dropout")
+CORPUS_LINES = 1000  # compared
 STRINGS = (
     *("你好", "介绍一下清华大学", "晚上睡不着怎么办", "今天天气很好！", "人工智能是计算机科学的一个分支。"),
     *("hello world", "The quick brown fox", "def main():<n>    return 42", "1 + 1 = 2", "2023年5月13日"),
@@ -170,7 +173,7 @@ def compare_settings(case: Case, output: Path, tensors: dict[str, Stored], tied:
     config = read_json(output / "config.json")
     expect("config.json", config, expected_config(case, config, tensors, tied))
     for name in sorted(set(config) - JUDGED):
-        judge_further_field("config.json", name, config[name], case.config, case)
+        judge_further_field("config.json", name, config[name], case.config, ("use_cache",))
     compare_generation(case, read_json(output / "generation_config.json"), config)
 
 
@@ -283,23 +286,13 @@ def moved(case: Case, value: Any) -> Any:
     return case.new_id(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def judge_further_field(file: str, name: str, value: Any, own: dict[str, Any], case: Case) -> None:
-    """A field that the format doesn't know may be a number or a switch of the source, and some are known text."""
+def judge_further_field(file: str, name: str, value: Any, own: dict[str, Any], known: tuple[str, ...]) -> None:
+    """A field beside those of the network is one of a few, with the source's value, or known text."""
     if name in FURTHER_TEXTS and isinstance(value, str) and re.fullmatch(FURTHER_TEXTS[name], value):
         return
-    if name == "_name_or_path" and isinstance(value, str) and value in (own.get(name), "", "ChatGLM-6B-Slim"):
-        return
-    if name in LABELS and value == LABELS[name]:
-        return
-    ids = name.endswith("_token_id")
-    plain = value is None or isinstance(value, (bool, int, float)) or ids and isinstance(value, list)
-    if not plain:
+    if name not in known:
         raise Difference(f"{file}: {name} is {value!r:.80}, a field that the format doesn't know")
-    expected = moved(case, own.get(name, ...)) if ids else own.get(name, ...)
-    if not same(value, expected) and not (ids and value is None):
-        raise Difference(
-            f"{file}: {name} is {value!r}, the source has {'none' if expected is ... else repr(expected)}"
-        )
+    expect(file, {name: value}, {name: (own.get(name, ...),)})
 
 
 def compare_generation(case: Case, found: dict[str, Any], config: dict[str, Any]) -> None:
@@ -323,7 +316,7 @@ def compare_generation(case: Case, found: dict[str, Any], config: dict[str, Any]
             expected[name] = (own[name],)
     expect("generation_config.json", found, expected)
     for name in sorted(set(found) - set(expected)):
-        judge_further_field("generation_config.json", name, found[name], own, case)
+        judge_further_field("generation_config.json", name, found[name], own, (*NUMBERS, *SWITCHES, *COUNTS, *RARE))
 
 
 def is_setting(name: str, value: Any) -> bool:
@@ -389,6 +382,9 @@ def judge_pieces(case: Case, processor: Any) -> None:
     if size > len(case.kept):
         raise Difference(f"ice_text.model has {size} pieces, {len(case.kept)} rows")
     later = [text for text, _ in later_pieces()]
+    for text in ("<s>", "</s>", "<pad>", "<n>", *later):
+        if piece_id(case, text) is None:
+            raise Difference(f"ice_text.model: {text}, which every text may need, has lost its row")
     for index, row in enumerate(case.kept[:size].tolist()):
         old = row - case.offset
         text = own.id_to_piece(old) if old < own.get_piece_size() else later[old - own.get_piece_size()]
@@ -397,19 +393,30 @@ def judge_pieces(case: Case, processor: Any) -> None:
 
 
 def compare_strings(case: Case, processor: Any, digest: str) -> int:
-    """Built-in strings encode to the ids of the source, 20,000 lower or where the rows went."""
-    compared = 0
-    for text in STRINGS:
+    """Built-in strings, and the corpus that pieces were kept for, encode to the ids of the source, 20,000 lower or
+    where the rows went; returns how many.
+    """
+    compared, needed = 0, corpus_lines(case.options)
+    for text in (*STRINGS, *needed):
         old = case.sentencepiece.encode(text)
         expected = [case.new_id(index + case.offset) for index in old]
-        if None in expected or case.sentencepiece.unk_id() in old:
+        if case.sentencepiece.unk_id() in old or None in expected and text not in needed:
             continue  # spelled by other pieces or by bytes now
         if processor.encode(text) != expected:
-            raise Difference(f"ice_text.model: {text!r} is {processor.encode(text)}, expected {expected}")
+            raise Difference(f"ice_text.model: {text[:60]!r} is {processor.encode(text)}, expected {expected}")
         compared += 1
     if digest == PUBLISHED_SHA256 and processor.encode("你好") != [5, 74874]:
         raise Difference(f"ice_text.model: '你好' is {processor.encode('你好')}, published is [5, 74874]")
     return compared
+
+
+def corpus_lines(options: Options) -> list[str]:
+    """Lines whose pieces must all be there; those with tabs or rows of blanks, which have pieces of their own, not."""
+    if options.corpus is None or options.min_count > 1:
+        return []
+    with open(options.corpus, encoding="utf-8", errors="replace") as file:
+        lines = [line.rstrip("\r\n") for line in islice(file, CORPUS_LINES)]
+    return [line for line in lines if line.strip() == line and "  " not in line and "\t" not in line]
 
 
 def later_pieces() -> list[tuple[str, int]]:

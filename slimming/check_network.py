@@ -69,11 +69,7 @@ def compare_logits(case: Case, output: Path, found: dict[str, Stored]) -> str:
         ours = output_logits(output, found, prompts)
     size = max(logits.abs().max().item() for logits in exact)
     rounding = max((a - b).abs().max().item() for a, b in zip(exact, short))
-    # The output's code adds in another order than the reference in float32. Its error is of the same kind as that
-    # one's, which is measured, and for an unlucky measurement there is what the additions of 4 products a layer carry:
-    # roundings of random signs grow with the root of their number.
-    additions = 4 * config["num_layers"] * max(config["hidden_size"], config["inner_hidden_size"])
-    limit = 4 * rounding + math.sqrt(additions) * FLOAT32_ROUNDING * size
+    limit = rounding_limit(config, rounding, size)
     worst = 0.0
     for text, mine, theirs in zip(PROMPTS, exact, ours):
         apart = (mine - theirs).abs()
@@ -83,6 +79,17 @@ def compare_logits(case: Case, output: Path, found: dict[str, Stored]) -> str:
             raise Difference(f"prompt {text!r}, token {row}, column {column}: {values} within {limit:.1e}")
         worst = max(worst, apart.max().item())
     return f"{len(prompts)} prompts within {worst:.1e} of the formulas (limit {limit:.1e}, largest logit {size:.1f})"
+
+
+def rounding_limit(config: dict[str, Any], rounding: float, size: float) -> float:
+    """How far a float32 computation of logits up to `size` can be from the exact one.
+
+    Other code adds in another order than the reference in float32. Its error is of the kind of that one, which is
+    measured (`rounding`); and for an unlucky measurement there is what the additions of 4 products a layer carry:
+    roundings of random signs grow with the root of their number.
+    """
+    additions = 4 * config["num_layers"] * max(config["hidden_size"], config["inner_hidden_size"])
+    return 4 * rounding + math.sqrt(additions) * FLOAT32_ROUNDING * size
 
 
 def encoded_prompts(output: Path) -> list[Prompt]:
@@ -112,8 +119,8 @@ def expected_numbers(case: Case, name: str, begin: int = 0, end: int | None = No
     scale = parts.get(f"{name}_scale")
     if scale is None:
         scales = case.tensors[f"{name}_scale"]
-        length = len(parts[name])
-        scale = transformed(case, name, source_block(case, scales, begin, begin + length))[name]
+        block = source_block(case, scales, begin, begin + len(parts[name]))
+        scale = transformed(case, scales.name, block)[scales.name]
     return multiplied(parts[name], scale, columns_of(case.config, name))
 
 
