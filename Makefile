@@ -49,7 +49,7 @@ clean:
 	rm -rf $(VENV) .nox .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(RUNTIME): requirements.txt
+$(RUNTIME): requirements.txt cpu/pyproject.toml
 	@$(PYTHON) install.py --venv "$(VENV)" --torch-index "$(TORCH_INDEX)"
 	@touch $@
 

@@ -38,10 +38,7 @@ def main(arguments=None):
     install_torch(python, options.torch_index)
     print("installing the rest of requirements.txt", flush=True)
     pip(python, "-r", str(HERE / "requirements.txt"))
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        print("installing chatglm_cpu, the CPU engine", flush=True)
-        if not pip(python, "--editable", str(HERE / "cpu"), fatal=False):
-            print("that failed: everything works without it, only slower on a CPU")
+    install_engine(python)
 
 
 def refuse_old_python(version):
@@ -76,9 +73,20 @@ def install_torch(python, asked):
         if pip(python, pin, "--index-url", index, fatal=bool(asked)):
             return
         print("that failed; now from pip's own index", flush=True)
-    size = " with its CUDA libraries: downloads of 2.7 GB, 5 GB on the disk" if platform.system() == "Linux" else ""
-    print(f"installing {pin}{size}", flush=True)
+    size = (
+        " (builds with CUDA libraries: 2.7 GB of downloads, 5 GB on the disk)" if platform.system() == "Linux" else ""
+    )
+    print(f"installing {pin} from pip's own index{size}", flush=True)
     pip(python, pin, quiet=False)
+
+
+def install_engine(python):
+    """The compiled kernels of cpu/, which a chat is right without; in place, so that they stay those of this clone."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return
+    print("installing the CPU engine (cpu/)", flush=True)
+    if not pip(python, "-e", str(HERE / "cpu"), "-c", str(HERE / "requirements-dev.txt"), fatal=False):
+        print("that failed: everything works without it, a CPU only decodes more slowly", flush=True)
 
 
 def torch_index(asked):

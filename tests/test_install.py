@@ -73,6 +73,18 @@ def test_an_index_that_answers_and_then_fails_gives_way_unless_it_was_asked_for(
         install.install_torch(sys.executable, "https://mirror/cpu")
 
 
+def test_the_cpu_engine_comes_with_it_where_it_can_run_and_may_fail(commands, monkeypatch, capsys):
+    monkeypatch.setattr(install.platform, "machine", lambda: "aarch64")
+    install.install_engine(sys.executable)
+    assert commands == []
+    monkeypatch.setattr(install.platform, "machine", lambda: "x86_64")
+    install.install_engine(sys.executable)
+    assert commands[0][:2] == ["-e", str(install.HERE / "cpu")] and "failed" not in capsys.readouterr().out
+    commands.failing = {"-e"}
+    install.install_engine(sys.executable)
+    assert "works without it" in capsys.readouterr().out
+
+
 def test_what_is_installed_is_not_downloaded_again(monkeypatch):
     import torch
 
