@@ -8,6 +8,7 @@ from pathlib import Path
 import chatglm_cpu
 import pytest
 import torch
+from chatglm_slim import modeling_chatglm
 from chatglm_slim.compat import GrowingCache, as_cache
 from chatglm_slim.configuration_chatglm import ChatGLMConfig
 from chatglm_slim.modeling_chatglm import (
@@ -528,6 +529,90 @@ def test_a_cache_filled_in_inference_mode_can_be_continued(model):
         assert_equals_one_pass(model, rest, slice(6, None))
 
 
+def test_keys_that_a_caller_kept_stay_as_they_were():
+    """What crop() cuts off may be in somebody's hands; generate alone, which crops its candidates, writes over it."""
+    cache = GrowingCache()
+    if not hasattr(type(cache).__mro__[2], "crop"):
+        pytest.skip("this version's caches cannot be cropped")
+    states = torch.randn(2, 3, 6, 4)
+    kept, _ = cache.update(states, states, 0)
+    cache.crop(-2)
+    cache.update(torch.zeros(2, 3, 2, 4), torch.zeros(2, 3, 2, 4), 0)
+    assert torch.equal(kept, states)
+    cache.in_generate = True
+    before, _ = cache.update(states, states, 0)
+    cache.crop(-2)
+    after, _ = cache.update(torch.zeros(2, 3, 1, 4), torch.zeros(2, 3, 1, 4), 0)
+    assert before.data_ptr() == after.data_ptr()  # no copy of the past
+
+
+@torch.no_grad()
+def test_the_cache_of_the_caller_stays_the_object_that_it_is(model):
+    cache_utils = pytest.importorskip("transformers.cache_utils")
+    cache = cache_utils.DynamicCache()
+    output = model.generate(IDS, past_key_values=cache, do_sample=False, max_new_tokens=3, min_new_tokens=3)
+    assert type(cache) is cache_utils.DynamicCache and not hasattr(cache, "geometry")
+    assert {type(layer) for layer in getattr(cache, "layers", [])} <= {getattr(cache_utils, "DynamicLayer", None)}
+    assert cache.get_seq_length() == output.shape[1] - 1 + model.transformer.prefix_length
+    assert torch.equal(output, model.generate(IDS, do_sample=False, max_new_tokens=3, min_new_tokens=3))
+
+
+@torch.no_grad()
+def test_generate_takes_official_masks_and_positions(model):
+    batch = torch.tensor([[3, 3, 5, 95, GMASK, SOP], [5, 95, 209, 7, GMASK, SOP]])
+    mask = (batch != 3).long()
+    geometry = find_geometry(TokenKinds.of_ids(batch, model.config), mask)
+    positions = position_ids_between(geometry, 0, 6, True)
+    official = hidden_keys(geometry, mask, 0, 6, 6, "cpu") | (mask == 0)[:, None, :, None]  # as the tokenizer pads
+    options = {"do_sample": False, "max_length": 11, "min_length": 11}
+    expected = model.generate(batch, attention_mask=mask, **options)
+    for more in ({}, {"num_beams": 1}, {"use_cache": False}):
+        collated = {"input_ids": batch, "attention_mask": official, "position_ids": positions}
+        assert torch.equal(model.generate(**collated, **more, **options), expected)
+    beams = {**options, "num_beams": 2}
+    assert torch.equal(
+        model.generate(batch, attention_mask=official, position_ids=positions, **beams),
+        model.generate(batch, attention_mask=mask, **beams),
+    )
+    with pytest.raises(ValueError, match="give generate.. a 2-D mask"):
+        model.generate(batch, attention_mask=torch.zeros_like(official), **options)
+
+
+@torch.no_grad()
+def test_positions_of_the_caller_are_continued(model):
+    """The prompt at other places: the answer follows from there, with and without a cache."""
+    prompt = IDS[:, :6]
+    positions = model.get_position_ids(prompt, [4], "cpu") + torch.tensor([[[7], [0]]])
+    seen: list = []
+    hook = model.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    options = {"do_sample": False, "max_new_tokens": 3, "min_new_tokens": 3, "position_ids": positions}
+    cached, plain = (model.generate(prompt, use_cache=use, **options) for use in (True, False))
+    hook.remove()
+    assert torch.equal(cached, plain)
+    assert torch.equal(torch.cat(seen[:3], dim=2), seen[5])
+    assert seen[5][0, 0, -3:].tolist() == [11, 11, 11] and seen[5][0, 1, -3:].tolist() == [1, 2, 3]
+
+
+@torch.no_grad()
+def test_a_generation_that_makes_no_use_of_its_cache_says_so(model, monkeypatch):
+    prepare = type(model).prepare_inputs_for_generation
+
+    def without_cache(self, input_ids, **kwargs):
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("cache", "past_key_values", "past")}
+        return {**prepare(self, input_ids, **kwargs), "use_cache": False}
+
+    said: list = []
+    monkeypatch.setattr(modeling_chatglm, "warn_once", said.append)
+    model.generate(IDS, do_sample=False, max_new_tokens=3)
+    model.generate(IDS, do_sample=False, max_new_tokens=3, use_cache=False)
+    assert not said
+    monkeypatch.setattr(type(model), "prepare_inputs_for_generation", without_cache)
+    model.generate(IDS, do_sample=False, max_new_tokens=3)
+    assert len(said) == 1 and "no use of its cache" in said[0]
+
+
 @torch.no_grad()
 def test_the_cache_of_the_caller_is_filled(model):
     cache_utils = pytest.importorskip("transformers.cache_utils")
@@ -693,7 +778,7 @@ def test_generate_names_the_cure_for_a_4d_mask_and_for_a_cut_context(model):
         model.prepare_inputs_for_generation(IDS, attention_mask=torch.zeros(1, 1, 11, 11, dtype=torch.bool))
     with torch.no_grad():
         cache = model(torch.tensor([[7, GMASK, SOP]]), use_cache=True).past_key_values
-    del cache.geometry
+    cache.geometry = None
     with pytest.raises(ValueError, match="read in both directions"):
         model.prepare_inputs_for_generation(IDS, past_key_values=cache)
 

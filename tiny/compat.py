@@ -14,6 +14,7 @@ import json
 import os
 import re
 import threading
+import weakref
 import zipfile
 from typing import Optional
 
@@ -67,6 +68,7 @@ class GrowingStates:
 
     def __init__(self):
         self.buffer: Optional[Tensor] = None
+        self.used = 0  # tokens of the buffer that were handed out: who kept them keeps their numbers
 
     def append(self, past: Optional[Tensor], new: Tensor) -> Tensor:
         """past [B, H, n, D] or None, new [B, H, s, D] -> [B, H, n + s, D]; `past` is what the last call returned, or
@@ -87,12 +89,15 @@ class GrowingStates:
             self.buffer = new.new_empty(batch, heads, total + CHUNK - total % CHUNK, size)
             if used:
                 self.buffer[:, :, :used] = past
+        self.used = total
         return self.buffer[:, :, :total]
 
     def _holds(self, past: Tensor, new: Tensor) -> bool:
         """Whether `past` is the front of the buffer, and `new` can be written behind it."""
         buffer = self.buffer
-        if buffer is None or any((t.dtype, t.device) != (buffer.dtype, buffer.device) for t in (past, new)):
+        if buffer is None or past.shape[-2] != self.used:
+            return False
+        if any((t.dtype, t.device) != (buffer.dtype, buffer.device) for t in (past, new)):
             return False
         if buffer.is_inference() and not torch.is_inference_mode_enabled():
             return False
@@ -103,14 +108,30 @@ class GrowingStates:
         )
 
 
+class OwnCache(DynamicCache):
+    """What both forms of our cache have."""
+
+    geometry = None  # of the sequence that it holds, see remember_geometry
+    in_generate = False  # generate alone has this cache: it may overwrite what it crops
+
+    def crop(self, *args, **kwargs):
+        super().crop(*args, **kwargs)
+        if self.in_generate:
+            for states in self.growing_states():
+                states.used = min(states.used, self.get_seq_length())
+
+
 if DynamicLayer is None:
 
-    class GrowingCache(DynamicCache):
+    class GrowingCache(OwnCache):
         """A DynamicCache that appends in place (transformers below 4.54)."""
 
         def __init__(self):
             super().__init__()
             self._states: list[tuple[GrowingStates, GrowingStates]] = []
+
+        def growing_states(self) -> list[GrowingStates]:
+            return [states for layer in self._states for states in layer]
 
         def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs=None):
             if layer_idx == 0 and hasattr(self, "_seen_tokens"):  # 4.36-4.53: kept by the base class's own update
@@ -151,18 +172,15 @@ else:
             self.values = self._value_states.reserve(self.values, new)
             return self.keys, self.values
 
-    class GrowingCache(DynamicCache):
+    class GrowingCache(OwnCache):
         """A DynamicCache whose layers append in place."""
 
         def __init__(self):
             super().__init__()
-            grow_in_place(self)
+            self.layer_class_to_replicate = GrowingLayer
 
-
-def grow_in_place(cache: DynamicCache) -> None:
-    """Gives an empty DynamicCache, such as `generate` makes, layers that append in place."""
-    cache.layer_class_to_replicate = GrowingLayer
-    cache.layers[:] = [GrowingLayer() for _ in cache.layers]
+        def growing_states(self) -> list[GrowingStates]:
+            return [states for layer in self.layers for states in (layer._key_states, layer._value_states)]
 
 
 def one_of(*caches):
@@ -182,19 +200,67 @@ def as_cache(past):
         for layer_idx, (keys, values) in enumerate(past):
             cache.update(keys, values, layer_idx)
         return cache
-    if type(past) is DynamicCache and not isinstance(past, GrowingCache) and cached_length(past) == 0:
-        if DynamicLayer is None:  # the caller's own object is to be filled
-            past.__class__, past._states = GrowingCache, []
-        elif all(type(layer) is DynamicLayer for layer in past.layers) and not getattr(past, "offloading", False):
-            grow_in_place(past)
     return past
+
+
+def give_cache(model, arguments: tuple, options: dict):
+    """Puts into the options of `generate` the cache that it is to use, under the name that this version knows: the
+    caller's, or where generate would make a DynamicCache, one that grows in place.
+
+    Returns:
+        that cache; None where generate uses none, or makes one of another kind.
+    """
+    given = one_of(options.pop("past_key_values", None), options.pop("cache", None))
+    if given is None:
+        of_call = (*arguments[:1], options.get("generation_config"))  # 4.23 has another argument there
+        configs = (*of_call, getattr(model, "generation_config", None), model.config)
+        sources = [options, *(vars(config) for config in configs if hasattr(config, "use_cache"))]
+
+        def chosen(name: str):
+            return next((source[name] for source in sources if source.get(name) is not None), None)
+
+        if not chosen("use_cache") or chosen("cache_implementation") is not None or options.get("custom_generate"):
+            return None
+    options[CACHE_NAME] = cache = as_cache(given)
+    return cache
+
+
+@contextlib.contextmanager
+def cache_of_generate(cache):
+    """While this lasts, generate alone has the cache."""
+    own = isinstance(cache, GrowingCache)
+    if own:
+        cache.in_generate = True
+    try:
+        yield
+    finally:
+        if own:
+            cache.in_generate = False
+
+
+_geometries: dict = {}  # id of a cache that is not ours (some cannot be hashed) -> weak reference to it, geometry
+
+
+def remember_geometry(cache, geometry) -> None:
+    """Keeps with a cache where its context ends; who only has the new tokens cannot see it."""
+    if isinstance(cache, GrowingCache):
+        cache.geometry = geometry
+    elif cache is not None and not is_tracing():
+        place = id(cache)
+        _geometries[place] = weakref.ref(cache, lambda _: _geometries.pop(place, None)), geometry
+
+
+def geometry_of(cache):
+    """What `remember_geometry` kept, or None."""
+    if cache is None or isinstance(cache, GrowingCache):
+        return getattr(cache, "geometry", None)
+    reference, geometry = (None, None) if is_tracing() else _geometries.get(id(cache), (None, None))
+    return geometry if reference is not None and reference() is cache else None
 
 
 def grows_in_place(cache) -> bool:
     """Whether `reserve` serves this cache."""
-    if DynamicLayer is None:
-        return type(cache) is GrowingCache
-    return isinstance(cache, DynamicCache) and all(type(layer) is GrowingLayer for layer in cache.layers)
+    return isinstance(cache, GrowingCache)
 
 
 def cached_states(cache, layer_idx: int) -> tuple[Tensor, ...]:

@@ -13,6 +13,7 @@ R position rows (2 or 1), V vocabulary.
 """
 
 import copy
+import functools
 import os
 from typing import Any, NamedTuple, Optional, Union
 
@@ -29,13 +30,17 @@ from .compat import (
     Past,
     VersionedModel,
     as_cache,
+    cache_of_generate,
     cached_length,
     check_weight_files,
     chosen_attention,
     chosen_mask,
     fixed_length,
+    geometry_of,
+    give_cache,
     is_tracing,
     one_of,
+    remember_geometry,
 )
 from .configuration_chatglm import ChatGLMConfig, warn_of_other_code, warn_once
 from .cuda_kernels import linear as cuda_linear  # noqa: F401
@@ -169,14 +174,15 @@ def position_ids_between(geometry: Geometry, start, new_tokens: int, two_dimensi
     return torch.where(in_answer & geometry.fills_blank, of_mask, from_text).unsqueeze(1)
 
 
-def continued_position_ids(position_ids: Tensor, start, new_tokens: int) -> Tensor:
-    """Positions after those that the caller gave for the prompt: the last row counts on, the first of two stays."""
-    index = torch.arange(new_tokens, device=position_ids.device) + start
-    steps = index - (position_ids.shape[-1] - 1)
+def continued_position_ids(position_ids: Tensor, start: int, new_tokens: int) -> Tensor:
+    """Positions of the tokens start ... start + new_tokens - 1: those that the caller gave for the prompt, [B, R, P],
+    and behind them the last row counts on, the first of two stays."""
+    prompt, end = position_ids.shape[-1], start + new_tokens
+    steps = torch.arange(max(start, prompt), max(end, prompt), device=position_ids.device) - (prompt - 1)
     moves = torch.ones_like(position_ids[..., -1:])
     if position_ids.shape[1] == 2:
         moves[:, 0] = 0
-    return position_ids[..., -1:] + moves * steps
+    return torch.cat((position_ids[..., start:end], position_ids[..., -1:] + moves * steps), dim=-1)
 
 
 def hidden_keys(
@@ -200,6 +206,27 @@ def hidden_keys(
     elif geometry is not None:
         hidden = hidden | (key < geometry.padding)[:, None]
     return (hidden & (key != query))[:, None]
+
+
+def padding_mask(official: Tensor, input_ids: Tensor, config: ChatGLMConfig) -> Tensor:
+    """The mask [B, S], 0 for padding, that says of whole sequences what an official one, [B, 1, S, S], does.
+
+    Raises:
+        ValueError: there is none, because the official mask hides other keys than a GLM sequence does.
+    """
+    B, S = input_ids.shape
+    shown = ~official.bool().expand(B, 1, *official.shape[2:])
+    mask = shown.any(dim=2)[:, 0]
+    if shown.shape[2:] == (S, S):
+        geometry = find_geometry(TokenKinds.of_ids(input_ids, config), mask)
+        usual = ~hidden_keys(geometry, mask, 0, S, S, mask.device)
+        if torch.equal(shown & mask[:, None, :, None], usual & mask[:, None, :, None]):
+            return mask.long()
+    raise ValueError(
+        f"attention_mask of shape {tuple(official.shape)} is not that of {B} prompts of {S} tokens as the official "
+        "code makes it, so it cannot be continued for new tokens: give generate() a 2-D mask [batch, length] with 0 "
+        "for hidden tokens, as the tokenizer returns it"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -590,11 +617,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if attention_mask is not None and not is_tracing():
             check_mask(attention_mask, B, S, seen + S, keys)
         official = attention_mask is not None and attention_mask.dim() == 4
-        geometry, first = getattr(cache, "geometry", None), isinstance(seen, int) and seen == 0
+        geometry, first = geometry_of(cache), isinstance(seen, int) and seen == 0
         if first and (position_ids is None or not official):
             geometry = find_geometry(self._kinds(input_ids, hidden), None if official else attention_mask)
-            if cache is not None:
-                cache.geometry = geometry
+            remember_geometry(cache, geometry)
         if position_ids is not None:
             position_ids = self._checked_positions(position_ids, S)
         elif geometry is None:
@@ -738,6 +764,27 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
 
     # --- hooks of transformers' generate, checked on every rung of the ladder -------------------------------------
 
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, inputs: Optional[Tensor] = None, *args, **kwargs):
+        """Overridden to hand it a cache that grows in place, and what it does not know in forms that it lets pass:
+        official masks [B, 1, S, S] as 2-D ones, positions [B, 2, S] of the prompt under a name of their own."""
+        mask, ids = kwargs.get("attention_mask"), kwargs.get("input_ids") if inputs is None else inputs
+        if mask is not None and mask.dim() == 4 and ids is not None:
+            kwargs["attention_mask"] = padding_mask(mask, ids, self.config)
+        positions, rows = kwargs.pop("position_ids", None), 3 if self.config.position_encoding_2d else 2
+        if positions is not None and positions.dim() >= rows:  # transformers gives an assistant [B, S] ones of its own
+            length = positions.shape[-1] if ids is None else ids.shape[1]
+            kwargs["prompt_position_ids"] = self.transformer._checked_positions(positions, length)
+        cache = give_cache(self, args, kwargs)
+        with cache_of_generate(cache):
+            output = super().generate(inputs, *args, **kwargs)
+        if cache is not None and not int(cached_length(cache)):
+            warn_once(
+                "generate made no use of its cache, so each token computed the whole text again: this version of "
+                "transformers hands it over in another way than ChatGLM-6B-Slim knows; see the versions in its README"
+            )
+        return output
+
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
@@ -748,9 +795,16 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         use_cache: Optional[bool] = None,
         past=None,
         cache=None,
+        prompt_position_ids: Optional[Tensor] = None,
         **kwargs,
     ) -> dict[str, Any]:
-        """Overridden for the 2-D positions and the prefix mask. `input_ids` is the whole text so far."""
+        """Overridden for the 2-D positions and the prefix mask.
+
+        Args:
+            input_ids: the whole text so far.
+            prompt_position_ids: [B, R, P], the caller's own for the prompt.
+            position_ids: not looked at: transformers 5 makes [B, S] ones, and counts those of the caller on wrongly.
+        """
         if attention_mask is not None and attention_mask.dim() == 4:
             raise ValueError(
                 f"attention_mask of shape {tuple(attention_mask.shape)}: generate() takes a 2-D mask [batch, length] "
@@ -763,11 +817,16 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         for name in ("output_attentions", "output_hidden_states", "logits_to_keep"):
             if kwargs.get(name) is not None:
                 inputs[name] = kwargs[name]
+        if prompt_position_ids is not None:  # 4.23 does not repeat it for beams
+            prompt_position_ids = prompt_position_ids.repeat_interleave(len(input_ids) // len(prompt_position_ids), 0)
         if not seen:
+            length = input_ids.shape[1] if inputs_embeds is None else inputs_embeds.shape[1]
             first = {"inputs_embeds": inputs_embeds} if inputs_embeds is not None else {"input_ids": input_ids}
             if inputs_embeds is None and bool((input_ids[:, -1] == self.config.bos_token_id).all()):
                 inputs["logits_to_keep"] = 1  # a bare prompt: only what follows it is asked for
-            return {**first, "position_ids": position_ids, **inputs}
+            if prompt_position_ids is not None:
+                inputs["position_ids"] = continued_position_ids(prompt_position_ids, 0, length)
+            return {**first, **inputs}
         total = input_ids.shape[1] if attention_mask is None else attention_mask.shape[1]
         if inputs_embeds is not None and total <= seen:  # input_ids holds the new tokens only
             total += inputs_embeds.shape[1]
@@ -778,8 +837,8 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
                 "with past_key_values"
             )
         geometry = self._cached_geometry(cache, input_ids, attention_mask, seen)
-        if position_ids is not None:
-            position_ids = continued_position_ids(position_ids, seen, new_tokens)
+        if prompt_position_ids is not None:
+            position_ids = continued_position_ids(prompt_position_ids, seen, new_tokens)
         else:
             position_ids = position_ids_between(geometry, seen, new_tokens, self.config.position_encoding_2d)
         slots = fixed_length(cache)
@@ -794,7 +853,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         return {"input_ids": input_ids[:, -new_tokens:].contiguous(), "position_ids": position_ids, **inputs}
 
     def _cached_geometry(self, cache, input_ids: Tensor, attention_mask, seen: int) -> Geometry:
-        geometry = getattr(cache, "geometry", None)
+        geometry = geometry_of(cache)
         one_more = input_ids.shape[1] <= seen + 1  # several new tokens may belong to another prompt
         if geometry is not None and geometry.padding.shape[0] == input_ids.shape[0] and one_more:
             return geometry
@@ -804,19 +863,8 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
                 f"the cache ends at token {seen}, inside a context of {int(geometry.context_length.max())} tokens: a "
                 "GLM context is read in both directions and cannot be continued; pass the whole prompt without a cache"
             )
-        cache.geometry = geometry
+        remember_geometry(cache, geometry)
         return geometry
-
-    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
-        """transformers 5 would make [B, S] positions here; ours come from prepare_inputs_for_generation."""
-
-    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
-        """transformers 5 would count both position rows on; ours are continued in prepare_inputs_for_generation."""
-        position_ids = model_kwargs.pop("position_ids", None)
-        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        if position_ids is not None:
-            model_kwargs["position_ids"] = position_ids
-        return model_kwargs
 
     @staticmethod
     def _reorder_cache(past, beam_idx: Tensor):
