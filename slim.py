@@ -315,7 +315,7 @@ def parser() -> argparse.ArgumentParser:
     quantize("--quantize-head", action="store_true", help="embedding and head to int8 as well (needs --bits)")
     trim = result.add_argument_group("trimming further").add_argument
     trim("--corpus", type=Path, metavar="FILE", help="keep the pieces that this UTF-8 text uses")
-    trim("--min-count", type=int, default=1, metavar="N", help="... at least N times (default 1)")
+    trim("--min-count", type=parse_count, default=1, metavar="N", help="... at least N times (default 1)")
     trim(
         "--keep-languages", type=parse_languages, default=(), metavar="zh,en", help="keep the pieces in their scripts"
     )
@@ -327,6 +327,12 @@ def parse_size(text: str) -> int:
     if not match or match[2] not in UNITS or not float(match[1]):
         raise argparse.ArgumentTypeError(f"{text!r} is no size: write 2GB, 500MB or 1GiB")
     return int(float(match[1]) * UNITS[match[2]])
+
+
+def parse_count(text: str) -> int:
+    if not re.fullmatch(r"\d{1,9}", text) or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no count: write 1 or more")
+    return int(text)
 
 
 def parse_repository(text: str) -> str:

@@ -31,7 +31,7 @@ def write_folder(folder: Path, plan: Plan, options: Options, name: str) -> None:
         write_tokenizer(folder, plan)
     if len(plan.shards) > 1:
         write_json(folder / "model.safetensors.index.json", shard_index(plan))
-    if plan.vocabulary.is_trimmed:
+    if plan.vocabulary.figures:  # trimming was asked for, and may have found nothing to cut
         write_json(folder / ID_MAP, id_map(plan.vocabulary), indent=None)
     io.write_file(folder / "README.md", model_card(plan, options, name))
 

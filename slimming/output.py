@@ -17,6 +17,7 @@ from slimming.checkpoint_io import Exit, Refusal, first_line
 
 MAX_NAME_BYTES = 200  # file systems end at 255, and the temporary folder's name is longer
 MODEL_FILES = ("config.json", "adapter_config.json")  # one of them is in every folder that --overwrite may replace
+MAX_DEPTH = 200
 SUFFIX = "-slim-partial"
 
 
@@ -42,6 +43,10 @@ def named_output(output: str | Path) -> Path:
     path = Path(os.path.abspath(text))
     if not path.name:
         raise Refusal(Exit.OUTPUT_EXISTS, f"OUTPUT is {path}, which exists: give another name")
+    if len(path.parts) > MAX_DEPTH:
+        raise Refusal(
+            Exit.USAGE, f"OUTPUT lies {len(path.parts)} folders deep, limit {MAX_DEPTH}: give a shorter path"
+        )
     if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
         message = f"OUTPUT's name has {len(os.fsencode(path.name))} bytes, limit {MAX_NAME_BYTES}"
         raise Refusal(Exit.USAGE, f"{message}: give a shorter one")

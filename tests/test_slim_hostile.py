@@ -324,7 +324,7 @@ def test_a_checkpoint_with_anything_changed_ends_with_one_of_the_promised_codes(
 # ----------------------------------------------------------------------------------------------- places and other runs
 
 
-@pytest.mark.parametrize("name", ["", " ", "a" * 250, "中" * 80, "x\0y"])
+@pytest.mark.parametrize("name", ["", " ", "a" * 250, "中" * 80, "x\0y", "x/" * 1000 + "y"])
 def test_names_that_no_output_can_have(tmp_path, monkeypatch, capsys, name):
     source = write_full_toy(tmp_path / "source")
     monkeypatch.chdir(tmp_path)
@@ -593,6 +593,13 @@ def test_one_file_beside_a_stale_index_is_the_checkpoint_and_is_named(tmp_path, 
     slim.slim(str(source), tmp_path / "out")
     assert all(same_bits(tensors_of(tmp_path / "out")[name], tensor) for name, tensor in slim_toy().items())
     assert "model.safetensors.index.json and its shards are ignored" in capsys.readouterr().out
+
+
+def test_trimming_that_finds_nothing_to_cut_still_writes_its_map(tmp_path):
+    source = write_full_toy(tmp_path / "source")
+    made = slim.slim(str(source), tmp_path / "out", Options(keep_languages=("zh", "en"), check=True))
+    assert made.vocabulary.rows == 1472
+    assert json.loads((tmp_path / "out" / "vocabulary_map.json").read_text())["kept_runs"] == [[20000, 21472]]
 
 
 def test_the_first_rows_are_the_configurations(tmp_path):

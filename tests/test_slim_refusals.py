@@ -298,7 +298,7 @@ def test_options_that_cannot_be_served(tmp_path, capsys):
     quantized = write_source(tmp_path / "quantized", *widened(*golden_toy("quant8")))
     assert slim.main([str(quantized), str(tmp_path / "out"), "--bits", "4"]) == Exit.UNSUPPORTED
     assert "quantized already (bits 8" in capsys.readouterr().err
-    for wrong in (["--max-shard-size", "big"], ["--bits", "5"]):
+    for wrong in (["--max-shard-size", "big"], ["--bits", "5"], ["--min-count", "-5"], ["--push", "no id"]):
         with pytest.raises(SystemExit) as usage:
             slim.main([str(source), str(tmp_path / "out"), *wrong])
         assert usage.value.code == Exit.USAGE
