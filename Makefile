@@ -1,6 +1,7 @@
 # make chat   a terminal chat; MODEL=folder-or-hub-id DTYPE=bfloat16 DEVICE=cuda ARGS="--bits 4" as you like
 # make test   format, lint and all tests
 # make ladder the tests of every supported transformers version, and their table
+# make canary every test on the newest libraries that pip finds (PyTorch too: gigabytes; TORCH_INDEX=URL for another)
 # make bench  speed of the full-size model (random weights, 21 GB in bench_data); ARGS="--layers 4" for a quick run
 # make tiny   train the checkpoint in tiny/ again
 # make clean  remove the environment and everything that was built
@@ -22,7 +23,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 RUNTIME := $(VENV)/.runtime-installed
 DEV := $(VENV)/.dev-installed
 
-.PHONY: chat test lint ladder bench tiny clean
+.PHONY: chat test lint ladder canary bench tiny clean
 .DEFAULT_GOAL := chat
 
 chat: $(RUNTIME)
@@ -37,6 +38,9 @@ lint: $(DEV)
 
 ladder: $(DEV)
 	$(BIN)/nox -s ladder
+
+canary: $(DEV)
+	$(BIN)/nox -s canary -- $(ARGS)
 
 bench: $(DEV)
 	@$(PIP) matplotlib

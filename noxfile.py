@@ -6,6 +6,7 @@ itself runs in (through a `.pth` file), and holds only what its transformers ver
     nox -s ladder            all rungs, two at a time, then the table
     nox -s rung-4.26.1       one rung
     nox -s table             the table of the last runs, in Markdown
+    nox -s canary            every test on the newest transformers, PyTorch, PEFT and accelerate that pip finds
     nox -s signatures        a type checker on the signatures of the package's files
 """
 
@@ -54,11 +55,16 @@ nox.options.reuse_existing_virtualenvs = True
 
 def prepare(session: nox.Session, version: str) -> None:
     """Make this rung's environment: the packages below it, and its own transformers on top."""
+    prepare_above(session)
+    # No rung may build anything: a bare machine has no compiler.
+    session.install("--only-binary=:all:", f"transformers=={version}")
+
+
+def prepare_above(session: nox.Session) -> None:
+    """Lets the session's environment see the packages of the one that nox runs in."""
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
     own = session.run("python", "-c", code, silent=True).strip()
     Path(own, "one_torch.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    # No rung may build anything: a bare machine has no compiler.
-    session.install("--only-binary=:all:", f"transformers=={version}")
 
 
 def register(version: str) -> None:
@@ -87,6 +93,30 @@ def register(version: str) -> None:
 
 for _version in RUNGS:
     register(_version)
+
+
+@nox.session(venv_backend="venv", venv_params=["--without-pip"])
+def canary(session: nox.Session) -> None:
+    """Every test on the newest libraries that pip finds, pinned nowhere: what a user's `pip install` gives today.
+
+    `-- --keep-torch` leaves PyTorch as it is: a newer one is a download of gigabytes, with CUDA unless TORCH_INDEX
+    names another index. It makes an environment of its own above the one that nox runs in, and changes nothing there.
+    """
+    prepare_above(session)
+    newest = ["transformers", "peft", "accelerate", "sentencepiece", "llvmlite"]
+    if "--keep-torch" not in session.posargs:
+        index = os.environ.get("TORCH_INDEX")
+        session.log("PyTorch's newest release is downloaded: some 200 MB from a CPU index, else gigabytes")
+        session.install("--upgrade", "torch", *(["--index-url", index] if index else []))
+    session.install("--upgrade", "--only-binary=:all:", *newest)
+    names = [*newest, "torch", "tokenizers", "huggingface_hub"]
+    code = f"from importlib.metadata import version; print(*(f'{{n}} {{version(n)}}' for n in {names}), sep=', ')"
+    session.run("python", "-c", code)
+    chosen = [argument for argument in session.posargs if argument != "--keep-torch"]
+    session.run(
+        *("python", "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", *(chosen or ["tests"])),
+        env={"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(session.virtualenv.location, "modules"))},
+    )
 
 
 def outcomes(report: Path) -> dict[str, str]:

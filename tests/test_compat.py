@@ -58,7 +58,8 @@ def make_folder(folder: Path, checkpoint: Path, tokenizer_model: Path, dtype: to
     for name in package_files():
         shutil.copy(ROOT / name, folder)
     config = json.loads((checkpoint / "config.json").read_text())
-    config["auto_map"] = json.loads((ROOT / "config.json").read_text())["auto_map"]
+    ours = json.loads((ROOT / "config.json").read_text())
+    config.update({name: ours[name] for name in ("auto_map", "tokenizer_class")})
     config["architectures"] = ["ChatGLMForConditionalGeneration"]
     tensors = load_file(checkpoint / "model.safetensors")
     if dtype:
@@ -504,6 +505,46 @@ def test_weights_are_saved_in_the_form_that_was_asked_for(tmp_path, base_model):
     assert all(torch.equal(stored[name], tensor) for name, tensor in base_model.state_dict().items() if name in stored)
 
 
+# What the package overrides or reads of transformers beside its public interface, and whether this version has it.
+PRIVATE = {
+    "_init_weights": lambda: hasattr(transformers.PreTrainedModel, "_init_weights"),
+    "_keys_to_ignore_on_load_missing": lambda: hasattr(
+        transformers.PreTrainedModel, "_keys_to_ignore_on_load_missing"
+    ),
+    "_no_split_modules": lambda: hasattr(transformers.PreTrainedModel, "_no_split_modules"),
+    "_set_gradient_checkpointing": lambda: "_set_gradient_checkpointing" in source_of(transformers.PreTrainedModel),
+    "_tied_weights_keys or tie_weights": lambda: hasattr(transformers.PreTrainedModel, "tie_weights"),
+    "get_config_dict(_commit_hash=)": lambda: "_commit_hash" in source_of(transformers.PretrainedConfig),
+    "_reorder_cache": lambda: hasattr(cache_utils(), "Cache") or "_reorder_cache" in source_of(generation_mixin()),
+    "DynamicLayer's keys, values, dtype, device, is_initialized": lambda: (
+        not hasattr(cache_utils(), "DynamicLayer")
+        or all(name in source_of(cache_utils()) for name in ("self.keys", "self.values", "self.is_initialized"))
+    ),
+    "layer_class_to_replicate, or key_cache and value_cache": lambda: (
+        not hasattr(cache_utils(), "DynamicCache")
+        or ("layer_class_to_replicate" if hasattr(cache_utils(), "DynamicLayer") else "key_cache")
+        in source_of(cache_utils())
+    ),
+}
+
+
+def source_of(thing) -> str:
+    return inspect.getsource(sys.modules[thing.__module__] if inspect.isclass(thing) else thing) if thing else ""
+
+
+def cache_utils():
+    return sys.modules.get("transformers.cache_utils")
+
+
+def generation_mixin():
+    return next(c for c in transformers.GPT2LMHeadModel.__mro__ if c.__name__ == "GenerationMixin")
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+def test_a_private_name_that_the_package_relies_on_is_there(name):
+    assert PRIVATE[name](), f"transformers {transformers.__version__} has no {name} any more"
+
+
 def gradients(model, case: dict) -> tuple[dict, int]:
     """Gradients of one training step, and how often the first attention ran."""
     calls: list = []
@@ -657,12 +698,15 @@ def test_prompt_lookup_decoding(base_model, cases):
     assert all(ids.shape[1] <= 1 + 3 for ids in seen[1:])
 
 
-def test_text_generation_pipeline(talker_model, base_tokenizer, cases):
+@pytest.mark.parametrize("by_path", [False, True])
+def test_text_generation_pipeline(by_path, talker, talker_model, base_tokenizer, cases):
     parameters = inspect.signature(transformers.TextGenerationPipeline.preprocess).parameters
     adds = "add_special_tokens" in parameters and parameters["add_special_tokens"].default is not False
     needs(adds, "pipeline that adds special tokens")
     case = cases["chat2d", "single0"]
-    pipe = transformers.pipeline("text-generation", model=talker_model, tokenizer=base_tokenizer)
+    what = {"model": str(talker), "trust_remote_code": True}
+    what = what if by_path else {"model": talker_model, "tokenizer": base_tokenizer}
+    pipe = transformers.pipeline("text-generation", **what)
     assert case["decoded"] in pipe(case["query"], do_sample=False, max_length=128)[0]["generated_text"]
 
 

@@ -61,7 +61,7 @@ def test_one_range_of_python_versions_stands_everywhere():
         assert oldest in text and newest in text
 
 
-@pytest.mark.parametrize("target", ["chat", "test", "ladder", "tiny", "clean"])
+@pytest.mark.parametrize("target", ["chat", "test", "ladder", "canary", "tiny", "clean"])
 def test_make_targets_exist(target):
     done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
