@@ -1,4 +1,4 @@
-"""ChatGLM-6B: the GLM network, its generation hooks, and chat.
+"""ChatGLM-6B: where things are in a GLM sequence, the network, its head, and the hooks of `generate`.
 
 What is unusual, all of it from "GLM: General Language Model Pretraining with Autoregressive Blank Infilling"
 (https://arxiv.org/abs/2103.10360) and the released checkpoint:
@@ -367,6 +367,11 @@ def embedding(config: ChatGLMConfig) -> nn.Module:
         return nn.Embedding(config.vocab_size, config.hidden_size)
     group_size = head_group_size(config.head_bits, config.quantization_group_size)
     return QuantizedEmbedding(config.vocab_size, config.hidden_size, config.head_bits, group_size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The models: what both share, without head, with it
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class ChatGLMPreTrainedModel(VersionedModel):
