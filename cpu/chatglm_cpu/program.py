@@ -44,7 +44,6 @@ from .runtime import (
     dtype_of,
     empty,
     instruction_set,
-    is_plain,
     kernel_address,
     launch,
     noise,
@@ -113,9 +112,10 @@ def decode_program(
     """
     if not instruction_set():
         return None
-    held, state = hold(network)
+    held = hold(network)
     if held is None:
         return None
+    aliases, state = held
     purpose = Purpose(sequences, dtype, position_rows, torch.get_num_threads())
     with _lock:
         programs = _programs.setdefault(owner, Programs(threading.Lock(), {}))
@@ -123,15 +123,16 @@ def decode_program(
         program = programs.by_purpose.get(purpose)
         if program is None or program.state != state:
             with torch.inference_mode(False):  # its buffers outlive the mode of their first use
-                program = programs.by_purpose[purpose] = Program(held, purpose, state)
-    return Step(program, held) if program.is_complete else None
+                program = programs.by_purpose[purpose] = Program(with_tensors(network, aliases), purpose, state)
+    return Step(program, network, aliases) if program.is_complete else None
 
 
 class Step(NamedTuple):
     """One decode step to come: the program, and the memory that it reads."""
 
     program: Program
-    held: Network
+    network: Network
+    aliases: list[Tensor]
 
     def run(self, hidden: Tensor, cos: Tensor, sin: Tensor, states: list[tuple[Tensor, Tensor]]) -> Tensor:
         """hidden [B, width], cos and sin of each row's angles [B, head_size / 2], and for each layer the keys and the
@@ -142,7 +143,7 @@ class Step(NamedTuple):
         Raises:
             ValueError: keys or values of another kind, which would be read beyond their end.
         """
-        heads, size, layers, _ = self.held
+        heads, size, layers, _ = self.network
         expected = (len(hidden), heads, states[0][0].shape[2], size)
         if len(states) != len(layers) or any(
             x.shape != expected or x.stride()[2:] != (size, 1) or x.dtype != hidden.dtype for kv in states for x in kv
@@ -153,30 +154,39 @@ class Step(NamedTuple):
         return self.program.run(hidden, cos, sin, states)
 
 
-def hold(network: Network) -> tuple[Network | None, list]:
-    """The same description with its tensors' memory under names of its own, and all that a program depends on as
-    values; None for tensors of another kind. Asked for at each step, so it takes no detours."""
-    state: list = [network.heads, network.head_size]
-
-    def held(part):
-        values = []
+def hold(network: Network) -> tuple[list[Tensor], list] | None:
+    """The memory of the described tensors under names of its own, and all that a program depends on as values; None
+    for tensors of another kind. Asked for at each step, so it takes no detours."""
+    aliases, state = [], [network.heads, network.head_size]
+    for part in parts_of(network):
         for value in part:
-            if isinstance(value, Tensor):
-                if not is_plain(value):
-                    raise TypeError
-                value = value.data
-                state.extend((value.data_ptr(), value.dtype, value.shape, value.stride()))
-            else:
+            if not isinstance(value, Tensor):
                 state.append(value)
-            values.append(value)
-        return type(part)(*values)
+                continue
+            if type(value) not in (Tensor, nn.Parameter) or not value.is_cpu:
+                return None
+            value = value.data
+            aliases.append(value)
+            state += (value.data_ptr(), value.dtype, value.shape, value.stride())
+    return aliases, state
 
-    try:
-        layers = [Layer(layer.factor, *(held(part) for part in layer[1:])) for layer in network.layers]
-        state += [layer.factor for layer in layers]
-        return network._replace(layers=layers, final_norm=held(network.final_norm)), state
-    except TypeError:
-        return None, state
+
+def parts_of(network: Network) -> Iterator[tuple]:
+    for layer in network.layers:
+        yield layer[:1]
+        yield from layer[1:]
+    yield network.final_norm
+
+
+def with_tensors(network: Network, tensors: list[Tensor]) -> Network:
+    """The same description with other names for its tensors, in the order of parts_of."""
+    following = iter(tensors)
+
+    def renamed(part):
+        return type(part)(*(next(following) if isinstance(value, Tensor) else value for value in part))
+
+    layers = [Layer(layer.factor, *(renamed(part) for part in layer[1:])) for layer in network.layers]
+    return network._replace(layers=layers, final_norm=renamed(network.final_norm))
 
 
 # ---------------------------------------------------------------------------------------------- the program
