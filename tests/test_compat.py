@@ -29,6 +29,8 @@ from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+from package import copy_package
+
 ROOT = Path(__file__).resolve().parents[1]
 ENTRY_FILES = ("modeling_chatglm.py", "tokenization_chatglm.py")
 
@@ -55,8 +57,7 @@ def package_files(*entry_files: str) -> set[str]:
 def make_folder(folder: Path, checkpoint: Path, tokenizer_model: Path, dtype: torch.dtype | None = None) -> Path:
     """A checkpoint folder that `from_pretrained(folder, trust_remote_code=True)` loads."""
     folder.mkdir()
-    for name in package_files():
-        shutil.copy(ROOT / name, folder)
+    copy_package(folder)
     config = json.loads((checkpoint / "config.json").read_text())
     ours = json.loads((ROOT / "config.json").read_text())
     config.update({name: ours[name] for name in ("auto_map", "tokenizer_class")})
@@ -68,8 +69,6 @@ def make_folder(folder: Path, checkpoint: Path, tokenizer_model: Path, dtype: to
     (folder / "config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     shutil.copy(tokenizer_model, folder / "ice_text.model")
-    for name in ("tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(ROOT / name, folder)
     return folder
 
 
