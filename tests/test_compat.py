@@ -750,6 +750,7 @@ def test_a_folder_that_is_served_by_the_code_of_another_one_is_told_of(tmp_path,
     first, second, copy = (json.loads(line) for line in done.stdout.splitlines()[-3:])
     assert first == copy == ["2023年", []]
     if second[0] == "2023年":  # not its own code
-        assert len(second[1]) == 1 and f"{folders[1]} is served" in second[1][0] and "chat.py" in second[1][0]
+        assert second[1] and all(f"{folders[1]} is served" in message for message in second[1])
+        assert "chat.py" in second[1][0]  # 4.41 to 4.44 run the code again at each load, and so the warning
     else:
         assert second == ["2222年", []]

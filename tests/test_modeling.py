@@ -550,11 +550,12 @@ def test_keys_that_a_caller_kept_stay_as_they_were():
 def test_the_cache_of_the_caller_stays_the_object_that_it_is(model):
     cache_utils = pytest.importorskip("transformers.cache_utils")
     cache = cache_utils.DynamicCache()
-    output = model.generate(IDS, past_key_values=cache, do_sample=False, max_new_tokens=3, min_new_tokens=3)
+    options = {"do_sample": False, "max_length": IDS.shape[1] + 3, "min_length": IDS.shape[1] + 3}
+    output = model.generate(IDS, past_key_values=cache, **options)
     assert type(cache) is cache_utils.DynamicCache and not hasattr(cache, "geometry")
     assert {type(layer) for layer in getattr(cache, "layers", [])} <= {getattr(cache_utils, "DynamicLayer", None)}
     assert cache.get_seq_length() == output.shape[1] - 1 + model.transformer.prefix_length
-    assert torch.equal(output, model.generate(IDS, do_sample=False, max_new_tokens=3, min_new_tokens=3))
+    assert torch.equal(output, model.generate(IDS, **options))
 
 
 @torch.no_grad()
@@ -587,9 +588,11 @@ def test_positions_of_the_caller_are_continued(model):
     hook = model.transformer.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
     )
-    options = {"do_sample": False, "max_new_tokens": 3, "min_new_tokens": 3, "position_ids": positions}
-    cached, plain = (model.generate(prompt, use_cache=use, **options) for use in (True, False))
-    hook.remove()
+    options = {"do_sample": False, "max_length": 9, "min_length": 9, "position_ids": positions}
+    try:
+        cached, plain = (model.generate(prompt, use_cache=use, **options) for use in (True, False))
+    finally:
+        hook.remove()
     assert torch.equal(cached, plain)
     assert torch.equal(torch.cat(seen[:3], dim=2), seen[5])
     assert seen[5][0, 0, -3:].tolist() == [11, 11, 11] and seen[5][0, 1, -3:].tolist() == [1, 2, 3]
