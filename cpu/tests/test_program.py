@@ -1,6 +1,7 @@
 """The small kernels of a decode program against float64, and the program itself, from tensors alone."""
 
 import pytest
+import torch
 from chatglm_cpu import instruction_set, program, runtime
 from chatglm_cpu.ir import Variant
 from chatglm_cpu.kernels import tried_gelu
@@ -46,3 +47,56 @@ def test_trials_find_a_wrong_instruction_wherever_it_is(kind, change, monkeypatc
         y, exact, bound = trial(variant, kernel[0])
         missed += bool(((y - exact).abs() <= bound).all())
     assert not missed, f"{missed} of {len(places)}"
+
+
+@torch.no_grad()
+def test_a_step_from_tensors_alone_equals_float64_and_keeps_their_memory():
+    heads, size, width, inner, tokens = 4, 32, 128, 256, 9
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape, scale=1.0):
+        return scale * torch.randn(*shape, generator=generator)
+
+    def product(rows, columns):
+        return program.Product(random(rows, columns, scale=columns**-0.5).half(), random(rows).half(), None, 16)
+
+    def norm():
+        return program.Norm(1 + random(width, scale=0.1).half(), random(width).half(), 1e-5)
+
+    layer = program.Layer(
+        *(2.0, norm(), product(3 * width, width), product(width, width), norm()),
+        *(product(inner, width), product(width, inner)),
+    )
+    network = program.Network(heads, size, [layer], norm())
+    hidden, states = random(1, width).half(), [tuple(random(2, 1, heads, tokens, size).half())]
+    angles = random(1, 2, size // 4)
+    cos, sin = angles.cos().half().flatten(1), angles.sin().half().flatten(1)
+    owner = torch.nn.Module()
+    step = program.decode_program(owner, network, 1, torch.float16, 2)
+    y = step.run(hidden, cos, sin, states)
+
+    def linear(p, x):
+        return x @ p.weight.double().T + p.bias.double()
+
+    def normed(n, x):
+        return torch.nn.functional.layer_norm(x, (width,), n.weight.double(), n.bias.double(), n.epsilon)
+
+    a = normed(layer.norm, hidden.double())
+    query, key, value = linear(layer.query_key_value, a).view(heads, 3, size).unbind(1)
+    c, s = (table.double().view(2, size // 4) for table in (cos, sin))
+
+    def rotated(x):
+        p, q = x.view(heads, 2, 2, size // 4).unbind(2)
+        return torch.stack((p * c - q * s, q * c + p * s), dim=2).view(heads, size)
+
+    keys = torch.cat((states[0][0][0, :, :-1].double(), rotated(key)[:, None]), dim=1)
+    values = torch.cat((states[0][1][0, :, :-1].double(), value[:, None]), dim=1)
+    weights = (rotated(query)[:, None] @ keys.mT / size**0.5).softmax(-1)
+    b = normed(layer.norm_after, 2 * a + linear(layer.dense, (weights @ values).view(1, width)))
+    up = torch.nn.functional.gelu(linear(layer.up, b), approximate="tanh")
+    exact = normed(network.final_norm, 2 * b + linear(layer.down, up))
+    # A norm divides by the deviation of what is about 2 a; some twenty roundings of 2**-11 stand between.
+    assert ((y.double() - exact).abs() <= 20 * 2.0**-11 * exact.abs().amax()).all() and exact.abs().max() > 1
+    with pytest.raises(ValueError, match="keys and values of 1 layers"):
+        step.run(hidden, cos, sin, [(states[0][0], states[0][1][:, :, :3])])
+    assert program.decode_program(owner, network._replace(heads=3), 1, torch.float16, 2) is None
