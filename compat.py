@@ -31,7 +31,7 @@ from transformers.utils import logging
 try:  # 4.25
     from transformers import GenerationMixin
 except ImportError:
-    from transformers.generation_utils import GenerationMixin  # noqa: F401
+    from transformers.generation_utils import GenerationMixin
 
 try:  # 4.36
     from transformers.cache_utils import DynamicCache
@@ -220,6 +220,9 @@ def give_cache(model, arguments: tuple, options: dict):
             return next((source[name] for source in sources if source.get(name) is not None), None)
 
         if not chosen("use_cache") or chosen("cache_implementation") is not None or options.get("custom_generate"):
+            return None
+        makes_caches = hasattr(GenerationMixin, "_prepare_cache_for_generation")  # older ones may share it with:
+        if options.get("assistant_model") is not None and not makes_caches:
             return None
     options[CACHE_NAME] = cache = as_cache(given)
     return cache
