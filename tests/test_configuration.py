@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_defaults_are_the_released_slim_model():
     config = ChatGLMConfig()
     released = json.loads((ROOT / "config.json").read_text())
-    about_the_file = ("_name_or_path", "architectures", "auto_map", "torch_dtype", "transformers_version")
+    about_the_file = ("_name_or_path", "architectures", "auto_map", "tokenizer_class", "torch_dtype")
+    about_the_file += ("transformers_version",)
     for field, value in released.items():
         if field not in about_the_file:
             assert getattr(config, field) == value, field
