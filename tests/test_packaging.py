@@ -12,10 +12,17 @@ import torch
 from packaging.requirements import Requirement
 
 import install
+import package
 import slim
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = [ROOT / "README.md", ROOT / "README_zh.md"]
+DOCS = ROOT / "docs"
+PAGES = [
+    *READMES,
+    *sorted(DOCS.rglob("*.md")),
+    *(ROOT / f"{name}.md" for name in ("CONTRIBUTING", "SECURITY", "CHANGELOG")),
+]
 
 
 def pins(name: str) -> dict[str, str]:
@@ -39,13 +46,21 @@ def test_pinned_versions_lie_in_the_declared_ranges():
         assert all(ranges[name].contains(version) for name, version in pinned.items())
 
 
-def test_the_newest_rung_is_the_pinned_transformers_and_readme_names_every_rung():
+def test_the_newest_rung_is_the_pinned_transformers_and_the_pages_name_the_rungs():
     rungs = re.search(r"RUNGS = \[(.*?)\]", (ROOT / "noxfile.py").read_text(), re.DOTALL).group(1)
     versions = re.findall(r'"(.*?)"', rungs)
     assert versions[-1] == pins("requirements.txt")["transformers"]
+    assert all(version in (DOCS / "versions.md").read_text(encoding="utf-8") for version in versions)
     for readme in READMES:
         text = readme.read_text(encoding="utf-8")
-        assert all(version in text for version in versions)
+        assert versions[0] in text and versions[-1] in text
+
+
+def test_readmes_are_short_and_say_what_is_missing_before_anything_else():
+    for readme, limits in zip(READMES, ("## Limits", "## 先说局限")):
+        lines = readme.read_text(encoding="utf-8").splitlines()
+        headings = [line for line in lines if line.startswith("## ")]
+        assert len(lines) <= 130 and headings[0].startswith(limits)
 
 
 def test_one_range_of_python_versions_stands_everywhere():
@@ -83,28 +98,40 @@ def test_python_examples_of_the_readme_run(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     torch.manual_seed(0)
     variables: dict = {}
-    blocks = [code for code in code_blocks(READMES[0], "python") if "chatglm-6b-slim" not in code]
-    assert len(blocks) >= 3
+    blocks = [code for page in (READMES[0], DOCS / "usage.md") for code in code_blocks(page, "python")]
+    blocks = [code for code in blocks if "chatglm-6b-slim" not in code]
+    assert len(blocks) >= 4
     for code in blocks:
         exec(compile(code, "README.md", "exec"), variables)
     printed = capsys.readouterr().out.splitlines()
     promised = re.findall(r"print\(response\)  # .*?([\u4e00-\u9fff].*)", "".join(blocks))
-    assert len(promised) == 3 and set(promised) <= set(printed)
-    assert all(text in READMES[1].read_text(encoding="utf-8") for text in promised)
+    assert len(promised) == 5 and set(promised) <= set(printed)
+    translated = "".join(page.read_text(encoding="utf-8") for page in (READMES[1], DOCS / "zh" / "usage.md"))
+    assert all(text in translated for text in promised)
 
 
-def test_commands_of_the_readmes_use_the_environment_that_make_made():
-    for readme in READMES:
-        text = readme.read_text(encoding="utf-8")
-        bare = re.findall(r"(?<!bin/)\bpython [\w/]+\.py", text)
-        assert not bare and ".venv/bin/python cli_chat.py" in text, readme.name
+def test_commands_of_the_pages_use_the_environment_that_make_made():
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        without_make = re.sub(r"^```sh\n(?:.*\n)*?pip install(?:.*\n)*?```", "", text, flags=re.MULTILINE)
+        assert not re.findall(r"(?<!bin/)\bpython [\w/]+\.py", without_make), page.name
+    assert all(".venv/bin/python cli_chat.py" in readme.read_text(encoding="utf-8") for readme in READMES)
 
 
-def test_both_readmes_show_the_same_code():
-    def without_comments(readme: Path) -> list[str]:
-        return [re.sub(r"#.*", "", code) for code in code_blocks(readme, "python")]
+def test_pages_in_both_languages_show_the_same_code():
+    def without_comments(page: Path) -> list[str]:
+        return [re.sub(r"#.*", "", code) for code in code_blocks(page, "python")]
 
     assert without_comments(READMES[0]) == without_comments(READMES[1])
+    for page in (DOCS / "zh").glob("*.md"):
+        shown = without_comments(page)
+        assert shown == without_comments(DOCS / page.name)[: len(shown)], page.name
+
+
+def test_the_architecture_page_lists_what_travels_with_a_checkpoint():
+    listed = re.findall(r"^\| `(\w+\.py)` \|", (DOCS / "architecture.md").read_text(encoding="utf-8"), re.MULTILINE)
+    travelling = {path.name for path in package.package_files()}
+    assert set(listed[: len(travelling)]) == travelling
 
 
 def test_commands_that_error_messages_name_as_a_cure_are_commands_of_slim():
@@ -119,10 +146,10 @@ def test_commands_that_error_messages_name_as_a_cure_are_commands_of_slim():
         assert options.repackage or options.source != "THUDM/chatglm-6b", line
 
 
-def test_links_of_the_readmes_lead_to_files():
-    for readme in READMES:
-        for target in re.findall(r"\]\(([^)#]+)\)", readme.read_text(encoding="utf-8")):
-            assert target.startswith("https://") or (ROOT / target).exists(), f"{readme.name}: {target}"
+def test_links_of_the_pages_lead_to_files():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 def test_importing_the_code_files_does_nothing_but_define():
