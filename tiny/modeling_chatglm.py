@@ -75,91 +75,56 @@ class Geometry(NamedTuple):
     is_padded: bool  # whether any row has hidden tokens
 
 
-def first_index(found: Tensor, otherwise: int) -> Tensor:
-    """[B, S] bool -> [B, 1]: index of the first True of each row, `otherwise` in rows without."""
+def first_index(found: Tensor) -> Tensor:
+    """[B, S] bool -> [B, 1]: index of the first True of each row, S in rows without."""
     index = torch.arange(found.shape[1], device=found.device)
-    return torch.where(found, index, otherwise).amin(dim=1, keepdim=True)
+    return torch.where(found, index, found.shape[1]).amin(dim=1, keepdim=True)
 
 
-def find_geometry(kinds: "TokenKinds", attention_mask: Optional[Tensor]) -> Geometry:
-    """Reads the geometry off a whole sequence; `attention_mask` [B, S], 0 = padding; else leading pads are.
+def find_geometry(
+    ids: Tensor, config: ChatGLMConfig, attention_mask: Optional[Tensor] = None, filled: Optional[tuple] = None
+) -> Geometry:
+    """Reads the geometry off whole sequences [B, S].
+
+    Args:
+        attention_mask: [B, S] with 0 for padding; without one leading pads are.
+        filled: mask_position and fills_blank, where they don't follow from the ids.
 
     Raises:
         ValueError: a row without <sop>, or without [MASK] and [gMASK].
     """
-    length = kinds.sop.shape[1]
-    context_length = first_index(kinds.sop, length)
-    gmask_position, blank_position = first_index(kinds.gmask, length), first_index(kinds.mask, length)
-    fills_blank = gmask_position == length
-    mask_position = torch.where(fills_blank, blank_position, gmask_position)
-    visible = ~kinds.pad if attention_mask is None else attention_mask[:, :length].bool()
-    padding = first_index(visible, length)
-    is_padded = True
+    length, context_length = ids.shape[1], first_index(ids == config.bos_token_id)
+    if filled is None:
+        gmask, blank = first_index(ids == config.gmask_token_id), first_index(ids == config.mask_token_id)
+        filled = torch.where(gmask == length, blank, gmask), gmask == length
+    if attention_mask is not None:
+        visible = attention_mask[:, :length].bool()
+    else:
+        visible = ids != (-1 if config.pad_token_id is None else config.pad_token_id)
+    padding, is_padded = first_index(visible), True
     if not is_tracing():
-        refuse_rows((context_length == length).squeeze(1), "<sop>", length)
-        refuse_rows((mask_position == length).squeeze(1), "[gMASK] or [MASK]", length)
+        refuse_rows(context_length == length, "<sop>", length)
+        refuse_rows(filled[0] == length, "[gMASK] or [MASK]", length)
         is_padded = bool(padding.any()) if attention_mask is None else not bool(attention_mask.all())
-    return Geometry(context_length, mask_position, fills_blank, padding, is_padded)
-
-
-def check_mask(mask: Tensor, batch: int, new_tokens: int, tokens: int, keys: int) -> None:
-    """ValueError for a mask that is neither [B, tokens] nor an official one; `tokens` with those in the cache."""
-    rows, *sizes = mask.shape
-    fits = sizes == [tokens]
-    if len(sizes) == 3:  # of the official masks the last rows count
-        fits = (sizes[1] == 1 or sizes[1] >= new_tokens) and sizes[2] in (1, tokens, keys)
-    if not fits or rows not in (1, batch):
-        raise ValueError(
-            f"attention_mask of shape {tuple(mask.shape)}: {new_tokens} new tokens after {tokens - new_tokens} in the "
-            f"cache take [{batch}, {tokens}] with 0 for hidden tokens, or the official bool mask "
-            f"[{batch}, 1, {new_tokens}, {tokens}] with True for them"
-        )
-
-
-def hides_any(geometry: Optional[Geometry], attention_mask: Optional[Tensor]) -> bool:
-    """Whether something before a new token is hidden from it; while tracing, whether it may be."""
-    if attention_mask is None:
-        return geometry is not None and geometry.is_padded
-    return is_tracing() or bool((attention_mask == 0).any())
+    return Geometry(context_length, *filled, padding, is_padded)
 
 
 def refuse_rows(missing: Tensor, what: str, length: int) -> None:
     if missing.any():
-        row = int(missing.int().argmax())
         raise ValueError(
-            f"row {row} of the input has no {what} among its {length} tokens: a GLM prompt ends with [gMASK] <sop>, "
-            "which the tokenizer adds; keep add_special_tokens=True"
+            f"row {int(missing.int().argmax())} of the input has no {what} among its {length} tokens: a GLM prompt "
+            "ends with [gMASK] <sop>, which the tokenizer adds; keep add_special_tokens=True"
         )
 
 
-class TokenKinds(NamedTuple):
-    """Where the tokens that shape the sequence are, [B, S] bool each."""
-
-    sop: Tensor
-    gmask: Tensor
-    mask: Tensor
-    pad: Tensor
-
-    @classmethod
-    def of_ids(cls, input_ids: Tensor, config: ChatGLMConfig) -> "TokenKinds":
-        return cls(*(input_ids == (-1 if token is None else token) for token in shaping_tokens(config)))
-
-    @classmethod
-    def of_embeddings(cls, inputs_embeds: Tensor, embedding: nn.Module, config: ChatGLMConfig) -> "TokenKinds":
-        """Recognises the special tokens by their embeddings, so that `inputs_embeds` alone is enough."""
-
-        def found(token: Optional[int]) -> Tensor:
-            if token is None:
-                return torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
-            row = embedding(torch.tensor([token], device=inputs_embeds.device))
-            return (inputs_embeds == row.to(inputs_embeds.dtype)).all(dim=-1)
-
-        return cls(*map(found, shaping_tokens(config)))
-
-
-def shaping_tokens(config: ChatGLMConfig) -> tuple[Optional[int], ...]:
-    """The ids of <sop>, [gMASK], [MASK] and <pad>; a configuration may have no <pad>."""
-    return config.bos_token_id, config.gmask_token_id, config.mask_token_id, config.pad_token_id
+def shaping_ids(inputs_embeds: Tensor, embedding: nn.Module, config: ChatGLMConfig) -> Tensor:
+    """The ids [B, S] of padding, [MASK], [gMASK] and <sop>, known by their embeddings; vocab_size for all others."""
+    ids = torch.full(inputs_embeds.shape[:2], config.vocab_size, device=inputs_embeds.device)
+    for token in (config.pad_token_id, config.mask_token_id, config.gmask_token_id, config.bos_token_id):
+        if token is not None:
+            row = embedding(torch.tensor([token], device=inputs_embeds.device)).to(inputs_embeds.dtype)
+            ids = ids.masked_fill((inputs_embeds == row).all(dim=-1), token)
+    return ids
 
 
 def position_ids_between(geometry: Geometry, start, new_tokens: int, two_dimensional: bool) -> Tensor:
@@ -172,17 +137,6 @@ def position_ids_between(geometry: Geometry, start, new_tokens: int, two_dimensi
         block = (index - geometry.context_length + 1).clamp(min=0)
         return torch.stack((torch.where(in_answer, of_mask, from_text), block), dim=1)
     return torch.where(in_answer & geometry.fills_blank, of_mask, from_text).unsqueeze(1)
-
-
-def continued_position_ids(position_ids: Tensor, start: int, new_tokens: int) -> Tensor:
-    """Positions of the tokens start ... start + new_tokens - 1: those that the caller gave for the prompt, [B, R, P],
-    and behind them the last row counts on, the first of two stays."""
-    prompt, end = position_ids.shape[-1], start + new_tokens
-    steps = torch.arange(max(start, prompt), max(end, prompt), device=position_ids.device) - (prompt - 1)
-    moves = torch.ones_like(position_ids[..., -1:])
-    if position_ids.shape[1] == 2:
-        moves[:, 0] = 0
-    return torch.cat((position_ids[..., start:end], position_ids[..., -1:] + moves * steps), dim=-1)
 
 
 def hidden_keys(
@@ -208,25 +162,47 @@ def hidden_keys(
     return (hidden & (key != query))[:, None]
 
 
-def padding_mask(official: Tensor, input_ids: Tensor, config: ChatGLMConfig) -> Tensor:
-    """The mask [B, S], 0 for padding, that says of whole sequences what an official one, [B, 1, S, S], does.
+def hides_any(geometry: Optional[Geometry], attention_mask: Optional[Tensor]) -> bool:
+    """Whether anything before a new token may be hidden from it."""
+    if geometry is not None and geometry.is_padded:
+        return True
+    return attention_mask is not None and (is_tracing() or bool((attention_mask == 0).any()))
 
-    Raises:
-        ValueError: there is none, because the official mask hides other keys than a GLM sequence does.
-    """
-    B, S = input_ids.shape
-    shown = ~official.bool().expand(B, 1, *official.shape[2:])
-    mask = shown.any(dim=2)[:, 0]
-    if shown.shape[2:] == (S, S):
-        geometry = find_geometry(TokenKinds.of_ids(input_ids, config), mask)
-        usual = ~hidden_keys(geometry, mask, 0, S, S, mask.device)
-        if torch.equal(shown & mask[:, None, :, None], usual & mask[:, None, :, None]):
-            return mask.long()
-    raise ValueError(
-        f"attention_mask of shape {tuple(official.shape)} is not that of {B} prompts of {S} tokens as the official "
-        "code makes it, so it cannot be continued for new tokens: give generate() a 2-D mask [batch, length] with 0 "
-        "for hidden tokens, as the tokenizer returns it"
-    )
+
+def spread(hidden: Tensor, tokens: int, keys: int) -> Tensor:
+    """An official mask [B, 1, S, tokens] (or 1 for all of them) over `keys`, of which the last may be empty slots."""
+    if hidden.shape[-1] == 1:
+        hidden = hidden.expand(-1, -1, -1, tokens)
+    return F.pad(hidden, (0, keys - hidden.shape[-1]), value=True)
+
+
+def visible_keys(hidden: Tensor, prefix_length: int) -> Tensor:
+    """What the blocks take: True for keys that are read, those of the prefix first. A row of padding reads all, as in
+    the original."""
+    visible = ~hidden
+    return F.pad(visible | ~visible.any(dim=-1, keepdim=True), (prefix_length, 0), value=True)
+
+
+def check_sizes(mask: Optional[Tensor], batch: int, new_tokens: int, tokens: int, keys: int) -> None:
+    """ValueError for too few slots, and for a mask that is neither [B, tokens] nor an official one, of which the last
+    rows count. `tokens` are the new ones and those in the cache, `keys` what may be read in the end."""
+    if tokens > keys:
+        raise ValueError(
+            f"the static cache has room for {keys} tokens beside the P-tuning prefix, the text has {tokens}: pass a "
+            "StaticCache with max_cache_len = max_length + pre_seq_len"
+        )
+    if mask is None:
+        return
+    rows, *sizes = mask.shape
+    fits = sizes == [tokens]
+    if len(sizes) == 3:
+        fits = (sizes[1] == 1 or sizes[1] >= new_tokens) and sizes[2] in (1, tokens, keys)
+    if not fits or rows not in (1, batch):
+        raise ValueError(
+            f"attention_mask of shape {tuple(mask.shape)}: {new_tokens} new tokens after {tokens - new_tokens} in the "
+            f"cache take [{batch}, {tokens}] with 0 for hidden tokens, or the official bool mask "
+            f"[{batch}, 1, {new_tokens}, {tokens}] with True for them"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,8 +246,6 @@ class SelfAttention(nn.Module):
         query, key = rotate(fused[..., :2, :], *rotary).transpose(1, 2).unbind(-2)  # [B, H, S, D] each
         value = fused[..., 2, :].transpose(1, 2)
         key, value = past.extend(key, value, self.layer_idx)
-        if visible is not None and visible.shape[-1] < key.shape[2]:  # a static cache hands out its empty slots too
-            visible = F.pad(visible, (0, key.shape[2] - visible.shape[-1]), value=False)
         chosen = None if output_attentions else chosen_attention(self.config)
         if chosen is not None:
             mask, scale = chosen_mask(self.config, visible, query.dtype), self.head_size**-0.5
@@ -424,9 +398,10 @@ class ChatGLMPreTrainedModel(VersionedModel):
         Raises:
             ValueError: a row without <sop>.
         """
-        kinds = TokenKinds.of_ids(input_ids.to(device), self.config)
-        geometry = find_geometry(kinds._replace(gmask=kinds.sop), None)  # what the answer fills doesn't matter here
-        return hidden_keys(geometry, None, 0, input_ids.shape[1], input_ids.shape[1], geometry.padding.device)
+        ids = input_ids.to(device)
+        sop = first_index(ids == self.config.bos_token_id)
+        geometry = find_geometry(ids, self.config, filled=(sop, sop < 0))  # what the answer fills doesn't matter here
+        return hidden_keys(geometry, None, 0, ids.shape[1], ids.shape[1], ids.device)
 
     def get_position_ids(self, input_ids: Tensor, mask_positions, device, use_gmasks=None) -> Tensor:
         """Positions of whole sequences, as `forward` derives them, but with the places that the answers fill given.
@@ -441,11 +416,9 @@ class ChatGLMPreTrainedModel(VersionedModel):
         Raises:
             ValueError: a row without <sop>.
         """
-        kinds = TokenKinds.of_ids(input_ids.to(device), self.config)
         places = torch.as_tensor(mask_positions, device=device).view(-1, 1)
         is_gmask = torch.as_tensor([False] if use_gmasks is None else use_gmasks, device=device).view(-1, 1)
-        found = torch.arange(input_ids.shape[1], device=device) == places
-        geometry = find_geometry(kinds._replace(gmask=found & is_gmask, mask=found & ~is_gmask), None)
+        geometry = find_geometry(input_ids.to(device), self.config, filled=(places, ~is_gmask))
         positions = position_ids_between(geometry, 0, input_ids.shape[1], self.position_encoding_2d)
         return positions if self.position_encoding_2d else positions[:, 0]
 
@@ -519,6 +492,11 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
     def prefix_length(self) -> int:
         return self.config.pre_seq_len or 0
 
+    def tokens_in(self, cache):
+        """Cached tokens, without the prefix: an int, but see cached_length."""
+        cached = cached_length(cache)
+        return max(cached - self.prefix_length, 0) if isinstance(cached, int) else cached - self.prefix_length
+
     def forward(
         self,
         input_ids: Optional[Tensor] = None,
@@ -551,33 +529,30 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
-        output_hidden_states = (
-            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        )
-        use_cache = self.config.use_cache if use_cache is None else use_cache
+        config, given = self.config, one_of(past_key_values, cache)
+        attends = config.output_attentions if output_attentions is None else output_attentions
+        shows_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        use_cache = config.use_cache if use_cache is None else use_cache
         use_cache = use_cache and not (self.gradient_checkpointing and self.training)
-        hidden = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        given = one_of(past_key_values, cache)
         cache = as_cache(given) if use_cache or given is not None else None
-        seen, prefix = self._start(cache, hidden)
-        position_ids, visible = self._place(input_ids, hidden, position_ids, attention_mask, cache, seen)
-        rows = position_ids.shape[1]
-        rotary = rotary_tables(position_ids, self.config.head_size // rows, hidden.dtype)
-        last, hidden_states, attentions = None, None, None
-        if hidden.shape[1] == 1 and visible is None and not (output_attentions or output_hidden_states):
-            last = self._decode_step(hidden, rotary, cache, seen)
+        hidden = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        inputs, seen = hidden if input_ids is None else input_ids, self.tokens_in(cache)
+        position_ids, unread = self.place(inputs, position_ids, attention_mask, cache, seen)
+        visible = None if unread is None else visible_keys(unread, self.prefix_length)
+        rotary = rotary_tables(position_ids, config.head_size // position_ids.shape[1], hidden.dtype)
+        prefix, states, attentions = self._prefix_before(cache, hidden), None, None
+        last = None if attends or shows_states else self._decode_step(hidden, rotary, visible, cache, seen)
         if last is None:
             past = Past(cache, prefix, hidden.shape[1], hidden.device)
-            hidden_states, attentions = self._run_blocks(hidden, rotary, visible, past, output_attentions)
-            last = hidden_states[-1]
+            states, attentions = self._run_blocks(hidden, rotary, visible, past, attends)
+            last = states[-1]
         output = BaseModelOutputWithPast(
             last_hidden_state=last,
             **{CACHE_NAME: cache if use_cache else None},
-            hidden_states=tuple(hidden_states) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
+            hidden_states=tuple(states) if shows_states else None,
+            attentions=tuple(attentions) if attends else None,
         )
-        return output if return_dict or (return_dict is None and self.config.return_dict) else output.to_tuple()
+        return as_asked(output, return_dict, config)
 
     def _run_blocks(self, hidden: Tensor, rotary, visible, past: Past, output_attentions: bool):
         """The embeddings and the output of each block, the last one after the final LayerNorm; attention weights."""
@@ -590,44 +565,53 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         hidden_states[-1] = self.final_layernorm(hidden)
         return hidden_states, attentions
 
-    def _decode_step(self, hidden: Tensor, rotary, cache, seen) -> Optional[Tensor]:
-        """What `_run_blocks` computes for one new token, by CPU kernels where they serve."""
-        built_in = getattr(self.config, "_attn_implementation", None) in (None, "sdpa")
-        if hidden.device.type != "cpu" or is_tracing() or not seen or network_functions() != NETWORK:
+    def _decode_step(self, hidden: Tensor, rotary, visible, cache, seen) -> Optional[Tensor]:
+        """What `_run_blocks` computes for one new token that reads all keys, by CPU kernels where they serve."""
+        if hidden.shape[1] != 1 or visible is not None or not seen or hidden.device.type != "cpu" or is_tracing():
             return None
-        if not built_in or chosen_attention(self.config) is not None:
+        built_in = getattr(self.config, "_attn_implementation", None) in (None, "sdpa")
+        if not built_in or chosen_attention(self.config) is not None or network_functions() != NETWORK:
             return None
         kinds = (GLMBlock, SelfAttention, MLP, QuantizedLinear)
         return decode_step(self.layers, self.final_layernorm, hidden, rotary, cache, kinds)
 
-    def _start(self, cache, hidden: Tensor):
-        """Number of tokens already cached (without the prefix), and the prefix where no cache holds it."""
+    def _prefix_before(self, cache, hidden: Tensor) -> Optional[list[tuple[Tensor, Tensor]]]:
+        """The P-tuning prefix for who has no cache to hold it; an empty cache gets it."""
         cached = cached_length(cache)
-        if not self.prefix_length:
-            return cached, None
-        if cache is not None and (not isinstance(cached, int) or cached >= self.prefix_length):
-            return cached - self.prefix_length, None
+        if not self.prefix_length or not isinstance(cached, int) or cached:
+            return None
         prefix = self.prefix_encoder(hidden.shape[0], hidden.dtype)
         if cache is None:
-            return 0, prefix
+            return prefix
         past = Past(cache, None, self.prefix_length, hidden.device)
         for layer_idx, (key, value) in enumerate(prefix):
             past.extend(key, value, layer_idx)
-        return 0, None
+        return None
 
-    def _place(self, input_ids, hidden, position_ids, attention_mask, cache, seen) -> tuple[Tensor, Optional[Tensor]]:
-        """Positions [B, R, S] of the new tokens, and the keys that they may read, [B, 1, S, K] or None for all."""
-        (B, S), slots = hidden.shape[:2], fixed_length(cache)
+    def place(self, inputs: Tensor, position_ids, attention_mask, cache, seen) -> tuple[Tensor, Optional[Tensor]]:
+        """Where the new tokens are that follow `seen` cached ones, and what they read: the one place that says so.
+
+        Args:
+            inputs: ids [B, S] or embeddings [B, S, hidden].
+            position_ids, attention_mask: as `forward` takes them; an official mask is obeyed, all else is derived from
+                the geometry, which is read off a whole prompt and kept with the cache.
+
+        Returns:
+            positions [B, R, S]; keys that may not be read [B or 1, 1, S, K], None where one token reads all.
+        """
+        (B, S), slots = inputs.shape[:2], fixed_length(cache)
         keys = seen + S if slots is None else slots - self.prefix_length
-        if attention_mask is not None and not is_tracing():
-            check_mask(attention_mask, B, S, seen + S, keys)
+        if not is_tracing():
+            check_sizes(attention_mask, B, S, seen + S, keys)
+            self._warn_of_length(seen + S)
         official = attention_mask is not None and attention_mask.dim() == 4
         geometry, first = geometry_of(cache), isinstance(seen, int) and seen == 0
         if first and (position_ids is None or not official):
-            geometry = find_geometry(self._kinds(input_ids, hidden), None if official else attention_mask)
+            ids = inputs if inputs.dim() == 2 else shaping_ids(inputs, self.word_embeddings, self.config)
+            geometry = find_geometry(ids, self.config, None if official else attention_mask)
             remember_geometry(cache, geometry)
         if position_ids is not None:
-            position_ids = self._checked_positions(position_ids, S)
+            position_ids = self.checked_positions(position_ids, S)
         elif geometry is None:
             raise ValueError(
                 "past_key_values without position_ids: this cache does not know where its context ends; pass "
@@ -635,26 +619,21 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             )
         else:
             position_ids = position_ids_between(geometry, seen, S, self.config.position_encoding_2d)
-        if isinstance(seen, int) and seen + S > self.config.max_sequence_length:
+        if official:
+            return position_ids, spread(attention_mask[:, :, -S:].bool(), seen + S, keys)
+        if S == 1 and slots is None and not first and not hides_any(geometry, attention_mask):
+            return position_ids, None
+        return position_ids, hidden_keys(geometry, attention_mask, seen, S, keys, inputs.device)
+
+    def _warn_of_length(self, tokens: int) -> None:
+        if tokens > self.config.max_sequence_length:
             warn_once(
                 f"the text is longer than the {self.config.max_sequence_length} tokens that the model was trained "
                 "for: answers may get worse"
             )
-        if official:
-            visible = ~attention_mask[:, :, -S:].bool()
-            visible = visible | ~visible.any(dim=-1, keepdim=True)  # a row of padding reads all, as in the original
-        elif S == 1 and slots is None and not first and not hides_any(geometry, attention_mask):
-            return position_ids, None
-        else:
-            visible = ~hidden_keys(geometry, attention_mask, seen, S, keys, hidden.device)
-        return position_ids, F.pad(visible, (self.prefix_length, 0), value=True)
 
-    def _kinds(self, input_ids: Optional[Tensor], hidden: Tensor) -> TokenKinds:
-        if input_ids is not None:
-            return TokenKinds.of_ids(input_ids, self.config)
-        return TokenKinds.of_embeddings(hidden, self.word_embeddings, self.config)
-
-    def _checked_positions(self, position_ids: Tensor, new_tokens: int) -> Tensor:
+    def checked_positions(self, position_ids: Tensor, new_tokens: int) -> Tensor:
+        """[B, R, S] of what a caller gave for the new tokens."""
         rows = 2 if self.config.position_encoding_2d else 1
         if rows == 1 and position_ids.dim() == 2:
             position_ids = position_ids.unsqueeze(1)
@@ -765,21 +744,15 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
-        return output if return_dict or (return_dict is None and self.config.return_dict) else output.to_tuple()
+        return as_asked(output, return_dict, self.config)
 
     # --- hooks of transformers' generate, checked on every rung of the ladder -------------------------------------
 
     @functools.wraps(GenerationMixin.generate)
     def generate(self, inputs: Optional[Tensor] = None, *args, **kwargs):
-        """Overridden to hand it a cache that grows in place, and what it does not know in forms that it lets pass:
-        official masks [B, 1, S, S] as 2-D ones, positions [B, 2, S] of the prompt under a name of their own."""
-        mask, ids = kwargs.get("attention_mask"), kwargs.get("input_ids") if inputs is None else inputs
-        if mask is not None and mask.dim() == 4 and ids is not None:
-            kwargs["attention_mask"] = padding_mask(mask, ids, self.config)
-        positions, rows = kwargs.pop("position_ids", None), 3 if self.config.position_encoding_2d else 2
-        if positions is not None and positions.dim() >= rows:  # transformers gives an assistant [B, S] ones of its own
-            length = positions.shape[-1] if ids is None else ids.shape[1]
-            kwargs["prompt_position_ids"] = self.transformer._checked_positions(positions, length)
+        """Overridden to hand it a cache that grows in place, and official masks in a form that it lets pass."""
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        self._without_official_forms(kwargs.get("inputs_embeds") if ids is None else ids, kwargs)
         cache = give_cache(self, args, kwargs)
         with cache_of_generate(cache):
             output = super().generate(inputs, *args, **kwargs)
@@ -790,86 +763,83 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
             )
         return output
 
+    def _without_official_forms(self, prompt: Tensor, options: dict[str, Any]) -> None:
+        """Puts a mask [B, S] in the place of what official collators give generate, a mask [B, 1, S, S] and positions
+        [B, R, S], because no version of it can continue those for new tokens.
+
+        Raises:
+            ValueError: they are not what the model derives from the prompt with that mask.
+        """
+        mask, positions = options.get("attention_mask"), options.pop("position_ids", None)
+        given: dict[str, Optional[Tensor]] = {"position_ids": None, "attention_mask": None}
+        if positions is not None and positions.dim() >= (3 if self.config.position_encoding_2d else 2):
+            given["position_ids"] = self.transformer.checked_positions(positions, prompt.shape[1])
+        if mask is not None and mask.dim() == 4:
+            given["attention_mask"] = mask
+            options["attention_mask"] = mask = (~mask.bool().all(dim=2))[:, 0].long().expand(len(prompt), -1)
+        if all(value is None for value in given.values()):  # positions [B, S] are transformers' own, for an assistant
+            return
+        real = torch.ones_like(prompt[:, :, 0] if prompt.dim() == 3 else prompt) if mask is None else mask
+        derived = self.transformer.place(prompt, None, mask, None, 0)
+        for (name, value), ours, row in zip(given.items(), derived, (real[:, None], real[:, None, :, None])):
+            if value is not None and bool(((value != ours) & row.bool()).any()):
+                raise ValueError(
+                    f"{name} of shape {tuple(value.shape)} is not what the model derives from this prompt, so it "
+                    "cannot be continued for new tokens: give generate() a 2-D mask [batch, length] with 0 for hidden "
+                    "tokens, as the tokenizer returns it, and no position_ids"
+                )
+
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
         past_key_values=None,
         attention_mask: Optional[Tensor] = None,
         inputs_embeds: Optional[Tensor] = None,
-        position_ids: Optional[Tensor] = None,
         use_cache: Optional[bool] = None,
         past=None,
         cache=None,
-        prompt_position_ids: Optional[Tensor] = None,
         **kwargs,
     ) -> dict[str, Any]:
-        """Overridden for the 2-D positions and the prefix mask.
-
-        Args:
-            input_ids: the whole text so far.
-            prompt_position_ids: [B, R, P], the caller's own for the prompt.
-            position_ids: not looked at: transformers 5 makes [B, S] ones, and counts those of the caller on wrongly.
-        """
-        if attention_mask is not None and attention_mask.dim() == 4:
-            raise ValueError(
-                f"attention_mask of shape {tuple(attention_mask.shape)}: generate() takes a 2-D mask [batch, length] "
-                "with 0 for padding, as the tokenizer returns it; only forward() takes the official 4-D masks"
-            )
-        given = one_of(past_key_values, cache, past)  # 4.25 and earlier, 4.26 to 5.23, 5.24 and later
+        """Overridden because positions and masks follow from the whole text, `input_ids`, of which a step gets only
+        the new tokens. The positions that transformers 5 makes are not looked at."""
+        given = one_of(past_key_values, cache, past)  # 4.26 to 5.23, 5.24 and later, 4.25 and earlier
         cache = None if given is None else as_cache(given)
-        seen = max(int(cached_length(cache)) - self.transformer.prefix_length, 0)
         inputs = {CACHE_NAME: cache, "attention_mask": attention_mask, "use_cache": use_cache}
-        for name in ("output_attentions", "output_hidden_states", "logits_to_keep"):
-            if kwargs.get(name) is not None:
-                inputs[name] = kwargs[name]
-        if prompt_position_ids is not None:  # 4.23 does not repeat it for beams
-            prompt_position_ids = prompt_position_ids.repeat_interleave(len(input_ids) // len(prompt_position_ids), 0)
+        names = ("output_attentions", "output_hidden_states", "logits_to_keep")
+        inputs.update({name: kwargs[name] for name in names if kwargs.get(name) is not None})
+        seen = self.transformer.tokens_in(cache)
+        if not seen and inputs_embeds is not None:
+            return {**inputs, "inputs_embeds": inputs_embeds}
         if not seen:
-            length = input_ids.shape[1] if inputs_embeds is None else inputs_embeds.shape[1]
-            first = {"inputs_embeds": inputs_embeds} if inputs_embeds is not None else {"input_ids": input_ids}
-            if inputs_embeds is None and bool((input_ids[:, -1] == self.config.bos_token_id).all()):
+            if bool((input_ids[:, -1] == self.config.bos_token_id).all()):
                 inputs["logits_to_keep"] = 1  # a bare prompt: only what follows it is asked for
-            if prompt_position_ids is not None:
-                inputs["position_ids"] = continued_position_ids(prompt_position_ids, 0, length)
-            return {**first, **inputs}
+            return {**inputs, "input_ids": input_ids}
         total = input_ids.shape[1] if attention_mask is None else attention_mask.shape[1]
         if inputs_embeds is not None and total <= seen:  # input_ids holds the new tokens only
             total += inputs_embeds.shape[1]
-        new_tokens = total - seen
-        if new_tokens < 1:
+        if total <= seen:
             raise ValueError(
                 f"the cache holds {seen} tokens and the input has {total}: pass the whole text, prompt and answer, "
                 "with past_key_values"
             )
-        geometry = self._cached_geometry(cache, input_ids, attention_mask, seen)
-        if prompt_position_ids is not None:
-            position_ids = continued_position_ids(prompt_position_ids, seen, new_tokens)
-        else:
-            position_ids = position_ids_between(geometry, seen, new_tokens, self.config.position_encoding_2d)
-        slots = fixed_length(cache)
-        if slots is not None:  # one shape for every step, so that a compiled step is compiled once
-            slots -= self.transformer.prefix_length
-            if slots < total:
-                raise ValueError(
-                    f"the static cache has room for {slots} tokens beside the P-tuning prefix, the text has {total}: "
-                    "pass a StaticCache with max_cache_len = max_length + pre_seq_len"
-                )
-            inputs["attention_mask"] = hidden_keys(geometry, attention_mask, seen, new_tokens, slots, input_ids.device)
-        return {"input_ids": input_ids[:, -new_tokens:].contiguous(), "position_ids": position_ids, **inputs}
+        self._know_geometry(cache, input_ids, attention_mask, seen)
+        new = input_ids[:, seen - total :].contiguous()
+        position_ids, unread = self.transformer.place(new, None, attention_mask, cache, seen)
+        return {**inputs, "input_ids": new, "position_ids": position_ids, "attention_mask": unread}
 
-    def _cached_geometry(self, cache, input_ids: Tensor, attention_mask, seen: int) -> Geometry:
+    def _know_geometry(self, cache, input_ids: Tensor, attention_mask: Optional[Tensor], seen: int) -> None:
+        """Reads it off the whole text where the cache has none, or may have that of another prompt."""
         geometry = geometry_of(cache)
-        one_more = input_ids.shape[1] <= seen + 1  # several new tokens may belong to another prompt
+        one_more = input_ids.shape[1] <= seen + 1
         if geometry is not None and geometry.padding.shape[0] == input_ids.shape[0] and one_more:
-            return geometry
-        geometry = find_geometry(TokenKinds.of_ids(input_ids, self.config), attention_mask)
+            return
+        geometry = find_geometry(input_ids, self.config, attention_mask)
         if bool((geometry.context_length > seen).any()):
             raise ValueError(
                 f"the cache ends at token {seen}, inside a context of {int(geometry.context_length.max())} tokens: a "
                 "GLM context is read in both directions and cannot be continued; pass the whole prompt without a cache"
             )
         remember_geometry(cache, geometry)
-        return geometry
 
     @staticmethod
     def _reorder_cache(past, beam_idx: Tensor):
@@ -903,6 +873,10 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
     def dequantize(self, dtype: Optional[torch.dtype] = None):
         """Plain layers with the same numbers in place of INT8 or INT4 ones; see quantization.dequantize_model."""
         return dequantize_model(self, dtype)
+
+
+def as_asked(output, return_dict: Optional[bool], config: ChatGLMConfig):
+    return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
 
 def check_labels(labels: Tensor, inputs: Optional[Tensor], logits_to_keep: Union[int, Tensor]) -> None:
