@@ -18,9 +18,8 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Optional, Union
+from typing import Any, Union
 
-import sentencepiece as spm
 from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
 
 from .configuration_chatglm import IMAGE_TOKENS, warn_of_other_code
@@ -33,29 +32,9 @@ BLANK_RUN = re.compile(" {2,80}")
 IMAGE_TOKEN = re.compile("<image_(0|[1-9][0-9]{0,8})>")
 
 Ids = list[int]
-OptionalIds = Optional[Ids]
 History = Sequence[Union[tuple[str, str], dict[str, str]]]
 OWN_NAMES = ("gmask_token", "end_token", "eop_token")  # in settings files of ChatGLM; the last in the first release's
-PROBES = (  # a template that says of these what we say, the last one's refusal included, says what we say
-    ([{"role": "user", "content": "a"}], True),
-    ([{"role": role, "content": role} for role in ("system", "user", "assistant")], False),
-    ([{"role": role, "content": role} for role in ("system", "user", "assistant", "user", "assistant", "user")], True),
-    ([{"role": role, "content": role} for role in ("user", "assistant", "tool")], False),
-)
-
-
-def _load_sentencepiece(vocab_file: str | None, folder: str) -> tuple[spm.SentencePieceProcessor, bool]:
-    """The processor of a complete model, and whether the file already was one."""
-    if vocab_file is None or not os.path.isfile(vocab_file):
-        raise ValueError(
-            f"No {VOCAB_FILE} at {vocab_file or folder}: make a complete folder with "
-            "`python slim.py THUDM/chatglm-6b OUT --repackage`, or download that file from the Hub into the folder."
-        )
-    try:
-        model, complete = read_complete(vocab_file)
-        return spm.SentencePieceProcessor(model_proto=model), complete
-    except (ValueError, RuntimeError) as error:  # transformers 4.57 would swallow a RuntimeError
-        raise ValueError(f"{vocab_file} cannot be used: {error}") from error
+AS_TEXT = dict.fromkeys(("tokenize", "return_dict", "return_assistant_tokens_mask", "continue_final_message"), False)
 
 
 def spell_whitespace(text: str) -> str:
@@ -78,70 +57,64 @@ def _text(value: Any, what: str) -> str:
     return value
 
 
-def _split_conversation(conversation: Any) -> tuple[str, list[tuple[str, str | None]]]:
-    """System text ("" without one) and rounds (query, answer); the last answer is None when it is still to come."""
+def _messages(conversation: Any) -> list[Any]:
+    """The messages of (query, answer) pairs, the last answer of which may be None; messages as they are."""
     if not isinstance(conversation, (list, tuple)):
         raise ValueError(f"The history is {conversation!r}, not a list of (query, answer) pairs or of messages.")
-    if conversation and not isinstance(conversation[0], Mapping):
-        last = len(conversation) - 1
-        return "", [_pair(turn, i, unanswered=i == last) for i, turn in enumerate(conversation)]
+    if not conversation or isinstance(conversation[0], Mapping):
+        return list(conversation)
+    messages = []
+    for i, pair in enumerate(conversation):
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise ValueError(f"Round {i} is {pair!r}, not a (query, answer) pair.")
+        messages += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair)]
+    return messages[:-1] if messages[-1]["content"] is None else messages
+
+
+def _split(messages: list[Any]) -> tuple[str, list[str]]:
+    """System text ("" without one), and the other texts in turn: query, answer, query ..."""
     system, texts = "", []
-    for i, turn in enumerate(conversation):
-        if not isinstance(turn, Mapping) or "role" not in turn or "content" not in turn:
-            raise ValueError(f"Message {i} is {turn!r}, not a dict with 'role' and 'content'.")
-        content = _text(turn["content"], f"The content of message {i}")
-        if i == 0 and turn["role"] == "system":
-            system = content
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
+            raise ValueError(f"Message {i} is {message!r}, not a dict with 'role' and 'content'.")
+        if i == 0 and message["role"] == "system":
+            system = _text(message["content"], "The system's text")
             continue
         expected = ("user", "assistant")[len(texts) % 2]
-        if turn["role"] != expected:
+        if message["role"] != expected:
             raise ValueError(
-                f"Message {i} has the role {turn['role']!r} where {expected!r} is due: give at most one 'system' "
+                f"Message {i} has the role {message['role']!r} where {expected!r} is due: give at most one 'system' "
                 "message, first, then 'user' and 'assistant' in turn."
             )
-        texts.append(content)
-    answers = [*texts[1::2], None][: len(texts[::2])]
-    return system, list(zip(texts[::2], answers))
+        texts.append(_text(message["content"], f"The {expected}'s text of round {len(texts) // 2}"))
+    return system, texts
 
 
-def _pair(turn: Any, index: int, unanswered: bool) -> tuple[str, str | None]:
-    """A (query, answer) pair; the answer may be None where `unanswered` allows it."""
-    if not isinstance(turn, (tuple, list)) or len(turn) != 2:
-        raise ValueError(f"Round {index} is {turn!r}, not a (query, answer) pair.")
-    query, answer = turn
-    query = _text(query, f"The query of round {index}")
-    return query, None if unanswered and answer is None else _text(answer, f"The answer of round {index}")
-
-
-def _prompt(system: str, rounds: list[tuple[str, str | None]], generation: bool = True) -> str:
-    """The official text before the last answer; without `generation` it ends where the last query does."""
-    queries = [query for query, _ in rounds]
+def _prompt(system: str, texts: list[str], generation: bool = True) -> str:
+    """The official text up to the last query, and with `generation` the word that calls for its answer."""
+    queries, answers = texts[::2], texts[1::2]
     queries[0] = f"{system}\n{queries[0]}" if system else queries[0]
-    if len(rounds) == 1:
+    if len(queries) == 1:
         return queries[0]
-    answers = [answer for _, answer in rounds]
-    lines = [f"[Round {i}]\n问：{query}\n答：{answer}\n" for i, (query, answer) in enumerate(zip(queries, answers))]
-    lines[-1] = f"[Round {len(rounds) - 1}]\n问：{queries[-1]}\n" + ("答：" if generation else "")
-    return "".join(lines)
+    *rounds, last = [f"[Round {i}]\n问：{query}\n答：" for i, query in enumerate(queries)]
+    text = "".join(f"{one}{answer}\n" for one, answer in zip(rounds, answers)) + last
+    return text if generation else text[: -len("答：")]
 
 
 def _chat_parts(
-    conversation: Any, add_generation_prompt: bool = False, continue_final_message: bool = False
+    messages: list[Any], add_generation_prompt: bool = False, continue_final_message: bool = False
 ) -> tuple[str, ...]:
     """The text of the prompt, and that of the answer where the conversation ends with one."""
-    system, rounds = _split_conversation(conversation)
-    if not rounds:
+    system, texts = _split(messages)
+    if not texts:
         raise ValueError("The conversation has no query: give at least one message of the role 'user'.")
-    answer = rounds[-1][1]
-    if answer is None and continue_final_message:
+    answered = len(texts) % 2 == 0
+    if continue_final_message and not answered:
         raise ValueError("continue_final_message: the conversation ends with a query, there is no answer to go on.")
-    if answer is not None and add_generation_prompt:
-        raise ValueError(
-            "add_generation_prompt: the conversation ends with an answer, there is no query left; "
-            "use continue_final_message=True to have that answer continued."
-        )
-    prompt = _prompt(system, rounds, generation=add_generation_prompt or answer is not None)
-    return (prompt,) if answer is None else (prompt, answer)
+    if add_generation_prompt and answered:
+        raise ValueError("add_generation_prompt: the conversation ends with an answer: say continue_final_message.")
+    prompt = _prompt(system, texts, generation=add_generation_prompt or answered)
+    return (prompt, texts[-1]) if answered else (prompt,)
 
 
 # ---- the tokenizer ------------------------------------------------------------------------------------------
@@ -154,10 +127,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     Args:
         vocab_file: `ice_text.model`, the final one or that of the first release (completed in memory).
-        num_image_tokens: rows before the first text piece: 0 in a slim vocabulary, 20000 in a full one. None means
-            what the file is from: 0 for a final file, 20000 for one of the first release.
-        clean_up_tokenization_spaces: whether `decode` removes blanks before punctuation; off, it damages code.
-        gmask_token, end_token: names of pieces that are no special tokens to transformers.
+        num_image_tokens: rows before the first text piece: 0 (slim), 20000 (full), or None for what the file is from.
+        clean_up_tokenization_spaces: whether `decode` removes blanks before punctuation, which damages code.
         pad_token, unk_token, mask_token: None for a tokenizer that has none.
 
     Raises:
@@ -181,14 +152,13 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         gmask_token: str = "[gMASK]",
         pad_token: str | None = "<pad>",
         unk_token: str | None = "<unk>",
-        padding_side: str = "left",
         num_image_tokens: int | None = None,
         clean_up_tokenization_spaces: bool = False,
         **kwargs: Any,
     ) -> None:
         warn_of_other_code(kwargs.get("name_or_path") or "")
         # transformers >= 4.34 asks for the vocabulary while its own __init__ runs
-        self.sp, complete = _load_sentencepiece(vocab_file, kwargs.get("name_or_path") or "the given place")
+        self.sp, complete = read_complete(vocab_file or Path(kwargs.get("name_or_path") or "", VOCAB_FILE))
         self.vocab_file = vocab_file
         self.num_image_tokens = (0 if complete else IMAGE_TOKENS) if num_image_tokens is None else num_image_tokens
         if type(self.num_image_tokens) is not int or not 0 <= self.num_image_tokens <= IMAGE_TOKENS:
@@ -197,7 +167,10 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             raise ValueError(f"bos_token is {bos_token}, eos_token {eos_token}: every prompt needs <sop> and <eop>.")
         self.do_lower_case, self.remove_space = do_lower_case, remove_space
         self.split_special_tokens = bool(kwargs.get("split_special_tokens", False))  # below 4.34, nobody else does
-        kwargs = _own_names_removed(kwargs)
+        # 5.x would parse them in text and hide them in answers, as the original does not; it gathers them in a dict
+        for settings in filter(lambda value: isinstance(value, dict), (kwargs, *kwargs.values())):
+            for name in OWN_NAMES:
+                settings.pop(name, None)
         # tokenizer_config.json of the first release says </s>, but the model has always ended answers with <eop>
         eos_token = "<eop>" if str(eos_token) == str(end_token) else eos_token
         tokens = {"bos": bos_token, "eos": eos_token, "unk": unk_token, "pad": pad_token, "mask": mask_token}
@@ -208,13 +181,13 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             **special,
             do_lower_case=do_lower_case,
             remove_space=remove_space,
-            padding_side=padding_side,
             num_image_tokens=self.num_image_tokens,
             clean_up_tokenization_spaces=clean_up_tokenization_spaces,
             **kwargs,
         )
         self.clean_up_tokenization_spaces = clean_up_tokenization_spaces
-        self.gmask_token, self.end_token = str(gmask_token), str(end_token)
+        self.gmask_token, self.end_token = str(gmask_token), str(end_token)  # no special tokens to transformers
+        self.gmask_token_id, self.end_token_id = map(self._convert_token_to_id, (self.gmask_token, self.end_token))
         # up to 4.33 only from_pretrained made them one token in text, and from 5.0 on they lose their flags
         self.add_tokens([token for token in special.values() if token], special_tokens=True)
 
@@ -233,14 +206,6 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def vocab_size(self) -> int:
         """Image tokens and text pieces, without tokens added by the user."""
         return self.num_image_tokens + self.sp.get_piece_size()
-
-    @property
-    def gmask_token_id(self) -> int:
-        return self._convert_token_to_id(self.gmask_token)
-
-    @property
-    def end_token_id(self) -> int:
-        return self._convert_token_to_id(self.end_token)
 
     def get_vocab(self) -> dict[str, int]:
         """Every token with its id, user-added ones included."""
@@ -265,28 +230,14 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     @property
     def sp_tokenizer(self) -> OfficialParts:
-        """The official code's name for what does the work, for programs that reach into it: see OfficialParts.
-
-        >>> tokenizer.sp_tokenizer["<sop>"] == tokenizer.bos_token_id, tokenizer.sp_tokenizer[5]
-        (True, '▁')
-        """
+        """The official code's name for what does the work, for programs that reach into it."""
         return OfficialParts(self)
 
     # ---- text to ids -----------------------------------------------------------------------------------------
     def _spell(self, text: str) -> str:
-        """Text as SentencePiece gets it.
-
-        Raises:
-            ValueError: a lone surrogate.
-        """
+        """Text as SentencePiece gets it; a lone surrogate is a UnicodeEncodeError, which is a ValueError."""
+        text.encode()
         text = " ".join(text.split()) if self.remove_space else text
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"The text holds a lone surrogate, {text[error.start]!r}, which is no character: read it with "
-                "errors='replace', or text.encode('utf-16', 'surrogatepass').decode('utf-16')."
-            ) from error
         return spell_whitespace(text.lower() if self.do_lower_case else text)
 
     def tokenize(self, text: str, **options: Any) -> list[str]:
@@ -298,9 +249,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return self.sp.encode(self._spell(text), out_type=str)
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of text in which nothing is a control token: `<eop>` or `[MASK]` in it is spelled out.
-
-        So are tokens that you have added yourself: they are parsed by `tokenizer(text)` alone.
+        """Ids of text in which nothing is a control token: `<eop>` or `[MASK]` is spelled out, as are added tokens.
 
         Raises:
             ValueError: not a str, or a lone surrogate in it.
@@ -308,17 +257,18 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         pieces = self.sp.encode(self._spell(_text(text, "The text to encode")))
         return [piece + self.num_image_tokens for piece in pieces]
 
-    def build_inputs_with_special_tokens(self, token_ids_0: Ids, token_ids_1: OptionalIds = None) -> Ids:
+    def build_inputs_with_special_tokens(self, token_ids_0: Ids, token_ids_1: Ids | None = None) -> Ids:
         """The official layout: `text [gMASK] <sop>`, and for a pair `text [gMASK] <sop> second <eop>`."""
         prompt = [*token_ids_0, self.gmask_token_id, self.bos_token_id]
         return prompt if token_ids_1 is None else [*prompt, *token_ids_1, self.eos_token_id]
 
-    def create_token_type_ids_from_sequences(self, token_ids_0: Ids, token_ids_1: OptionalIds = None) -> Ids:
-        """All 0, since the model knows no types; overridden because before 5.0 they come out too short."""
-        return [0] * len(self.build_inputs_with_special_tokens(token_ids_0, token_ids_1))
+    def create_token_type_ids_from_sequences(self, token_ids_0: Ids, token_ids_1: Ids | None = None) -> Ids:
+        """0 for a prompt, 1 for what follows its `<sop>`; overridden because before 5.0 they come out too short."""
+        prompt = [0] * (len(token_ids_0) + 2)
+        return prompt if token_ids_1 is None else prompt + [1] * (len(token_ids_1) + 1)
 
     def get_special_tokens_mask(
-        self, token_ids_0: Ids, token_ids_1: OptionalIds = None, already_has_special_tokens: bool = False
+        self, token_ids_0: Ids, token_ids_1: Ids | None = None, already_has_special_tokens: bool = False
     ) -> Ids:
         """1 where a token is added; overridden because transformers (4.23 to 5.24) knows no layout, and says 0."""
         if already_has_special_tokens:
@@ -327,29 +277,24 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return prompt if token_ids_1 is None else prompt + [0] * len(token_ids_1) + [1]
 
     def truncate_sequences(
-        self, ids: Ids, pair_ids: OptionalIds = None, num_tokens_to_remove: int = 0, *args: Any, **options: Any
-    ) -> tuple[Ids, OptionalIds, Ids]:
+        self, ids: Ids, pair_ids: Ids | None = None, num_tokens_to_remove: int = 0, **options: Any
+    ) -> tuple[Ids, Ids | None, Ids]:
         """Overridden because 5.x empties a part that is too short to be cut: it stays whole here, as up to 4.57."""
-        strategy = args[0] if args else options.get("truncation_strategy", "longest_first")
-        strategy = getattr(strategy, "value", strategy)
-        part = pair_ids if strategy == "only_second" else ids
-        only_part = part is not None and (strategy != "longest_first" or pair_ids is None)
-        if only_part and num_tokens_to_remove >= max(len(part), 1):
+        strategy = options.get("truncation_strategy", "longest_first")
+        part = (pair_ids or []) if strategy == "only_second" else ids
+        is_one = pair_ids is None or strategy != "longest_first"
+        if is_one and num_tokens_to_remove >= max(len(part), 1):
             logger.warning(
-                f"{num_tokens_to_remove} tokens are to be cut from a part of {len(part)} ({strategy}), which stays "
-                "whole: raise max_length, or choose another truncation strategy."
+                f"{num_tokens_to_remove} of {len(part)} tokens are to be cut, so none is: raise max_length."
             )
             num_tokens_to_remove = 0
-        return super().truncate_sequences(ids, pair_ids, num_tokens_to_remove, *args, **options)
+        return super().truncate_sequences(ids, pair_ids, num_tokens_to_remove, **options)
 
     def build_blank_input_ids(self, text: str) -> list[int]:
         """Ids that ask the model to fill the first `[MASK]` in a text: the text, then `<sop>`, without `[gMASK]`.
 
-        Generate from them (`model.generate(torch.tensor([ids]))`); what comes after `<sop>` fills the blank. White
-        space beside `[MASK]` is dropped, as in the official encoding; other control tokens are spelled out.
-
-        Raises:
-            ValueError: no `[MASK]` in the text.
+        What `model.generate` writes after them fills the blank. White space beside `[MASK]` is dropped, as in the
+        official encoding; other control tokens are spelled out. A text without `[MASK]` is a ValueError.
 
         >>> tokenizer.convert_ids_to_tokens(tokenizer.build_blank_input_ids("AI [MASK] AI"))
         ['▁', 'AI', '[MASK]', '▁', 'AI', '<sop>']
@@ -366,14 +311,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def build_prompt(self, query: str, history: History | None = None) -> str:
         """The official text of a chat: the query alone, or numbered rounds that end with it.
 
-        Args:
-            query: what is asked now.
-            history: earlier rounds, oldest first: (query, answer) pairs, or messages {"role", "content"} that end
-                with an answer. The text of a "system" message (one at most, first) goes before the first query, on
-                lines of its own: the model knows no place for it.
-
-        Raises:
-            ValueError: a history of another shape; it names the round or message.
+        `history` holds earlier rounds, oldest first: (query, answer) pairs, or messages {"role", "content"} that end
+        with an answer. The text of a "system" message (one at most, first) goes before the first query, on lines of
+        its own: the model knows no place for it. A history of another shape is a ValueError, which names the round.
 
         >>> print(tokenizer.build_prompt("它在哪里", [("介绍一下清华大学", "清华大学是中国的大学。")]))
         [Round 0]
@@ -383,10 +323,10 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         问：它在哪里
         答：
         """
-        system, rounds = _split_conversation([] if history is None else history)
-        if rounds and rounds[-1][1] is None:
-            raise ValueError(f"The history ends with the query {rounds[-1][0]!r}; it has to end with an answer.")
-        return _prompt(system, [*rounds, (_text(query, "The query"), None)])
+        system, texts = _split(_messages([] if history is None else history))
+        if len(texts) % 2:
+            raise ValueError(f"The history ends with the query {texts[-1]!r}; it has to end with an answer.")
+        return _prompt(system, [*texts, _text(query, "The query")])
 
     def build_chat_input_ids(self, query: str, history: History | None = None) -> list[int]:
         """Ids from which the model answers `query`: `build_prompt` in ids, then `[gMASK] <sop>`.
@@ -403,47 +343,46 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """A conversation, or a list of them, as text or ids: the ids of `build_chat_input_ids`.
 
         Overridden (4.23, which has no such method, to 5.24) because a template is rendered before it is encoded, so
-        that what a user typed could become a control token, and because `[gMASK]` is never parsed. A template of your
-        own, here or of the tokenizer, which writes something else than `build_prompt`, is left to transformers.
+        that what a user typed could become a control token, and because `[gMASK]` is never parsed. A template, given
+        here or the tokenizer's, that writes something else than `build_prompt` is left to transformers.
 
         Args:
             conversation: messages or (query, answer) pairs, as in `build_prompt`. It ends with a query (as a pair:
                 (query, None)) or with an answer; that follows `[gMASK] <sop>` and is closed by `<eop>`, to train on.
-            add_generation_prompt (False): end with the words and the tokens that call for an answer.
-            continue_final_message (False): leave the answer at the end open, without `<eop>`, to be continued.
-            tokenize (True): ids; otherwise the text, in which control tokens are not written.
-            padding, truncation, max_length, return_tensors: as in `__call__`; `[gMASK] <sop>` is not cut off.
-            return_dict (None): None returns what transformers itself does: ids on 4.x, a BatchEncoding on 5.x.
-            return_assistant_tokens_mask (False): add "assistant_masks": 1 for the answer after `[gMASK] <sop>`, the
-                only one that the model can learn from, since earlier ones are part of the prompt.
-            tokenizer_kwargs (None): further arguments of `pad`, such as `pad_to_multiple_of`.
-            Others, such as tools and documents, have no place in the text, and no effect.
+            options: those of transformers. `add_generation_prompt` ends a query with the tokens that call for an
+                answer, `continue_final_message` leaves `<eop>` away. `return_assistant_tokens_mask` marks the last
+                answer, the only one that the model can learn from. `tokenizer_kwargs` go to `pad`. tools, documents
+                and the like have no effect.
 
         Raises:
             ValueError: a conversation of another shape or with other roles, or a flag that does not fit its end.
         """
-        if self._writes_prompts(chat_template):
-            return self._apply_rounds(conversation, **options)
+        conversation = getattr(conversation, "messages", conversation)  # the Conversation objects of 4.x
+        if not isinstance(conversation, (list, tuple)) or not conversation:
+            raise ValueError(f"The conversation is {conversation!r}, not a list of messages or (query, answer) pairs.")
+        first = conversation[0]
+        is_batch = isinstance(first, (list, tuple)) and not (first and isinstance(first[0], str))
+        conversations = [_messages(one) for one in (conversation if is_batch else [conversation])]
+        if all(self._writes_prompt(chat_template, one, **options) for one in conversations):
+            return self._encode_chats(conversations, is_batch, **options)
+        conversation = conversations if is_batch else conversations[0]
         return super().apply_chat_template(conversation, chat_template=chat_template, **options)
 
-    def _writes_prompts(self, template: str | None) -> bool:
-        """Whether a template (None: the tokenizer's own) writes what `build_prompt` does, however it is written."""
+    def _writes_prompt(self, template: str | None, messages: list[Any], **options: Any) -> bool:
+        """Whether a template (None: the tokenizer's own) writes what `build_prompt` does, or refuses what it does."""
         if template is None and self.chat_template is None:
             return True
-        for messages, generation in PROBES:
-            options = {"chat_template": template, "add_generation_prompt": generation, "tokenize": False}
-            wanted = written = None  # refused
-            with contextlib.suppress(ValueError):
-                wanted = "".join(_chat_parts(messages, generation))
-            with contextlib.suppress(Exception):  # of whatever kind: the template will be used, and say so
-                written = super().apply_chat_template(messages, **options)
-            if written != wanted:
-                return False
-        return True
+        ours = theirs = None  # refused
+        with contextlib.suppress(ValueError):
+            ours = "".join(_chat_parts(messages, options.get("add_generation_prompt", False)))
+        with contextlib.suppress(Exception):  # of whatever kind: the template will be used, and say so
+            theirs = super().apply_chat_template(messages, chat_template=template, **{**options, **AS_TEXT})
+        return ours == theirs
 
-    def _apply_rounds(
+    def _encode_chats(
         self,
-        conversation: Any,
+        conversations: list[list[Any]],
+        is_batch: bool,
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
         tokenize: bool = True,
@@ -457,20 +396,19 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         **_: Any,
     ) -> Any:
         """`apply_chat_template` without a template: the rounds of `build_prompt`."""
-        conversations, is_batch = _batch_of(conversation)
         parts = [_chat_parts(one, add_generation_prompt, continue_final_message) for one in conversations]
         if not tokenize:
             return ["".join(one) for one in parts] if is_batch else "".join(parts[0])
-        limit = self.model_max_length if max_length is None else max_length
-        limit = limit if truncation and truncation != "do_not_truncate" else float("inf")
-        ending = [] if continue_final_message else [self.eos_token_id]
-        rows = [self._chat_row(*one, calls=add_generation_prompt, ending=ending, limit=limit) for one in parts]
-        # masks of the answers go by a name that `pad` knows how to fill up
-        encoded = {"input_ids": [ids for ids, _ in rows], "token_type_ids": [mask for _, mask in rows]}
-        encoded = dict(self.pad(encoded, padding=padding, max_length=max_length, **(tokenizer_kwargs or {})))
-        masks = encoded.pop("token_type_ids")
+        options = {"truncation": truncation, "max_length": max_length if truncation else None}
+        rows = []
+        for one in parts:
+            row = self(*one, split_special_tokens=True, return_token_type_ids=True, **options)
+            unwanted = continue_final_message if len(one) == 2 else 0 if add_generation_prompt else 2  # at the end
+            rows.append({name: values[: len(values) - unwanted] for name, values in row.items()})
+        encoded = dict(self.pad(rows, padding=padding, max_length=max_length, **(tokenizer_kwargs or {})))
+        answers = encoded.pop("token_type_ids")
         if return_assistant_tokens_mask:
-            encoded["assistant_masks"] = masks
+            encoded["assistant_masks"] = answers
         if not is_batch and return_tensors is None:
             encoded = {name: values[0] for name, values in encoded.items()}
         encoded = BatchEncoding(encoded, tensor_type=return_tensors)
@@ -479,20 +417,6 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
             return_dict = chat_returns_dict()
         return encoded if return_dict else encoded["input_ids"]
-
-    def _chat_row(
-        self, prompt: str, *answer: str, calls: bool, ending: list[int], limit: float
-    ) -> tuple[list[int], list[int]]:
-        """Ids of a prompt and, where there is one, its answer, cut, and a mask of them: 1 for the answer."""
-        ids, call = self.encode_text(prompt), [self.gmask_token_id, self.bos_token_id]
-        if not answer:
-            call = call if calls else []
-            ids, *_ = self.truncate_sequences(ids, num_tokens_to_remove=len(ids) + len(call) - limit)
-            return ids + call, [0] * len(ids + call)
-        learnt = [*self.encode_text(*answer), *ending]
-        ids, mask = [*ids, *call, *learnt], [0] * len(ids + call) + [1] * len(learnt)
-        excess = len(ids) - limit
-        return self.truncate_sequences(ids, None, excess)[0], self.truncate_sequences(mask, None, excess)[0]
 
     # ---- ids to text -----------------------------------------------------------------------------------------
     def decode(
@@ -505,22 +429,22 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     ) -> Any:
         """Text of ids (an int, a list, an array or a tensor); of a batch, a list of texts.
 
-        Control tokens print nothing, `<unk>` prints " ⁇ " unless `skip_special_tokens`, and ids without a piece print
-        nothing; padding is left out first, so that it can stand between the bytes of a character. Overridden (4.23 to
-        5.24) because up to 4.27 the clean-up is on unless the caller says otherwise, and 5.0 has none.
+        Control tokens and ids without a piece print nothing, `<unk>` prints " ⁇ "; padding is left out first, so that
+        it can stand between the bytes of a character. Overridden (4.23 to 5.24) because up to 4.27 the clean-up is on
+        unless the caller says otherwise, and 5.0 has none.
         """
+        options = (skip_special_tokens, clean_up_tokenization_spaces, spaces_between_special_tokens)
         ids = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
         ids = [ids] if isinstance(ids, int) else [one.tolist() if hasattr(one, "tolist") else one for one in ids]
         if ids and isinstance(ids[0], (list, tuple)):
-            options = (skip_special_tokens, clean_up_tokenization_spaces, spaces_between_special_tokens)
-            return [self.decode(row, *options) for row in ids]
+            return self.batch_decode(ids, *options)
         hidden = {self.pad_token_id, *(self.all_special_ids if skip_special_tokens else ())}
-        pieces, texts = range(self.vocab_size), []
-        added = {index: token for token, index in self.get_added_vocab().items() if index not in pieces}
-        shown = [index for index in ids if index not in hidden and (index in pieces or index in added)]
-        for is_added, run in groupby(shown, added.__contains__):
+        added = {index: token for token, index in self.get_added_vocab().items() if index >= self.vocab_size}
+        tokens = (added.get(index) or self._convert_id_to_token(index) for index in ids if index not in hidden)
+        texts: list[str] = []
+        for is_added, run in groupby(filter(None, tokens), set(added.values()).__contains__):
             run = list(run)
-            texts += [added[index] for index in run] if is_added else [self._text_of(run)]
+            texts += run if is_added else [self.convert_tokens_to_string(run)]
         text = (" " if spaces_between_special_tokens else "").join(texts)
         clean_up = clean_up_tokenization_spaces
         return _clean_up(text) if (self.clean_up_tokenization_spaces if clean_up is None else clean_up) else text
@@ -529,21 +453,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """A text for each row of ids; overridden because up to 4.27 it asks `decode` for the clean-up."""
         return [self.decode(row, *args, **options) for row in sequences]
 
-    def _text_of(self, ids: Ids) -> str:
-        images = self.num_image_tokens
-        if min(ids) < images:
-            return self.convert_tokens_to_string([self._convert_id_to_token(index) for index in ids])
-        return self.convert_tokens_to_string(self.sp.id_to_piece([index - images for index in ids]))
-
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         return self.sp.decode_pieces([WHITESPACE.get(token, token) for token in tokens])
 
     # ---- files -----------------------------------------------------------------------------------------------
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
-        """Write `ice_text.model` into a folder, or to a file of any name: what is no folder yet is a file.
-
-        It is complete even where the loaded file was of the first release.
-        """
+        """Write the complete `ice_text.model` into a folder, or to a file: what is no folder yet is a file."""
         path = Path(save_directory, VOCAB_FILE) if os.path.isdir(save_directory) else Path(save_directory)
         path = path.with_name(f"{filename_prefix}-{path.name}") if filename_prefix else path
         path.write_bytes(self.sp.serialized_model_proto())
@@ -553,9 +468,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 class OfficialParts:
     """What converters and stream decoders written for the official code read of `tokenizer.sp_tokenizer`.
 
-    `text_tokenizer.sp` is the SentencePieceProcessor of the complete model, `vocab_file` the file that was loaded,
-    `[token]` an id and `[id]` a token; the numbers are those of pieces, of image tokens before them, and of both.
-    `encode` is `encode_text` of the tokenizer, `decode` its own.
+    `text_tokenizer.sp` is the SentencePieceProcessor, `[token]` an id and `[id]` a token, image tokens counted.
     """
 
     def __init__(self, tokenizer: ChatGLMTokenizer) -> None:
@@ -568,34 +481,6 @@ class OfficialParts:
     def __getitem__(self, item: str | int) -> int | str:
         of = self._tokenizer
         return of.convert_tokens_to_ids(item) if isinstance(item, str) else of.convert_ids_to_tokens(item)
-
-
-def _own_names_removed(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments for transformers, which of its own accord makes every `*_token` of a settings file a special token.
-
-    From 5.0 on such tokens would be parsed in text and hidden in answers, as the original does with neither. A list
-    of the user's special tokens, written by 5.x, goes by the name that 4.x knows too.
-    """
-    kwargs = {name: value for name, value in kwargs.items() if name not in OWN_NAMES}
-    for group in ("extra_special_tokens", "model_specific_special_tokens"):
-        tokens = kwargs.get(group)
-        if isinstance(tokens, dict):
-            kwargs[group] = {name: token for name, token in tokens.items() if name not in OWN_NAMES}
-    if isinstance(kwargs.get("extra_special_tokens"), (list, tuple)):
-        tokens = kwargs.pop("extra_special_tokens")
-        kwargs["additional_special_tokens"] = kwargs.get("additional_special_tokens") or list(tokens)
-    return kwargs
-
-
-def _batch_of(conversation: Any) -> tuple[list, bool]:
-    """A list of conversations, and whether it was one (a lone conversation becomes a list of itself)."""
-    conversation = getattr(conversation, "messages", conversation)  # the Conversation objects of 4.x
-    if not isinstance(conversation, (list, tuple)) or not conversation:
-        raise ValueError(f"The conversation is {conversation!r}, not a list of messages or of (query, answer) pairs.")
-    first = getattr(conversation[0], "messages", conversation[0])
-    if isinstance(first, (list, tuple)) and not (first and isinstance(first[0], str)):
-        return [getattr(one, "messages", one) for one in conversation], True
-    return [conversation], False
 
 
 ChatGLMTokenizer.register_for_auto_class("AutoTokenizer")

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from package import copy_package, package_module
-from sentencepiece_file import complete_sentencepiece
+from sentencepiece_file import complete_processor
 
 ROOT = Path(__file__).resolve().parent
 TINY = ROOT / "tiny"
@@ -158,7 +158,7 @@ def train_sentencepiece(dialogues: list[dict[str, Any]]) -> bytes:
         num_threads=1,
         minloglevel=2,
     )
-    return complete_sentencepiece(model.getvalue())
+    return complete_processor(model.getvalue())[0].serialized_model_proto()
 
 
 def sync_code(folder: Path) -> list[str]:

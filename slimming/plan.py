@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from package import package_module
-from sentencepiece_file import VOCAB_FILE, read_complete, read_pieces
+from sentencepiece_file import VOCAB_FILE, read_complete
 from slimming import checkpoint_io as io
 from slimming import settings
 from slimming.checkpoint_io import Checkpoint, Exit, Refusal, StoredTensor, first_line
@@ -168,10 +168,11 @@ def read_sentencepiece(folder: Path, options: Options) -> tuple[bytes | None, di
         return None, None
     path = io.checked_file(path.parent, path.name)
     try:
-        model, _ = read_complete(path)
-        pieces = {piece.text: index for index, piece in enumerate(read_pieces(model))}
+        processor, complete = read_complete(path)
+        pieces = {processor.id_to_piece(index): index for index in range(processor.get_piece_size())}
     except ValueError as error:
-        raise Refusal(Exit.WRONG_TOKENIZER, f"{path}: {first_line(error)}") from None
+        raise Refusal(Exit.WRONG_TOKENIZER, str(error)) from None
+    model = path.read_bytes() if complete else processor.serialized_model_proto()
     missing = [piece for piece in (*IDS.values(), "<pad>", "</s>") if piece not in pieces]
     if missing:
         raise Refusal(Exit.WRONG_TOKENIZER, f"{path} has no piece {missing[0]}: give the file of the weights")

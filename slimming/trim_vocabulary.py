@@ -8,6 +8,7 @@ Whatever lost its piece is spelled by smaller ones or by bytes, so every text st
 
 from __future__ import annotations
 
+import struct
 import tempfile
 import unicodedata
 from collections import Counter
@@ -15,10 +16,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from package import package_module
-from sentencepiece_file import NORMAL, VOCAB_FILE, Piece, read_pieces
+from sentencepiece_file import VOCAB_FILE
 
 # Scripts by the first word of their characters' Unicode names; a piece without letters belongs to every language.
 SCRIPTS = {
@@ -36,6 +37,54 @@ SCRIPTS = {
         language: {"ASCII", "LATIN"} for language in ("de", "es", "fr", "it", "la", "nl", "pl", "pt", "sv", "tr", "vi")
     },
 }
+
+
+# ------------------------------------------------------------------------------------------- pieces in the file
+
+NORMAL = 1  # the type of a piece that is neither control, user-defined, unknown nor a byte
+
+
+class Piece(NamedTuple):
+    """A piece, and where its entry stands in the file."""
+
+    text: str
+    score: float
+    type: int
+    start: int
+    end: int
+
+
+def read_pieces(model: bytes) -> Iterator[Piece]:
+    """The pieces of a SentencePiece model that SentencePiece has read, in the order of their ids."""
+    for number, message, start, end in fields(model):
+        if number == 1:
+            found = {2: bytes(4), 3: bytes((NORMAL,)), **{key: content for key, content, *_ in fields(message)}}
+            yield Piece(found[1].decode(), struct.unpack("<f", found[2])[0], found[3][0], start, end)
+
+
+def fields(message: bytes) -> Iterator[tuple[int, bytes, int, int]]:
+    """(number, content, start, end) of each field of a protobuf message; a number's content is its bytes."""
+    start = 0
+    while start < len(message):
+        key, position = read_varint(message, start)
+        if key & 7 == 2:
+            length, position = read_varint(message, position)
+        elif key & 7 == 0:
+            length = read_varint(message, position)[1] - position
+        elif key & 7 in (1, 5):
+            length = 8 if key & 7 == 1 else 4
+        else:
+            raise ValueError(f"{VOCAB_FILE} has a field of kind {key & 7}, which none of ours has")
+        yield key >> 3, message[position : position + length], start, position + length
+        start = position + length
+
+
+def read_varint(data: bytes, start: int) -> tuple[int, int]:
+    """The base-128 number at `start`, and the index after it."""
+    value = shift = 0
+    while data[start] > 127:
+        value, shift, start = value | (data[start] & 127) << shift, shift + 7, start + 1
+    return value | data[start] << shift, start + 1
 
 
 def with_pieces(model: bytes, kept: Iterable[int]) -> bytes:

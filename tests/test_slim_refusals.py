@@ -181,7 +181,7 @@ CASES = {
     "tokenizer with a damaged piece": (
         1, lambda s: edit_bytes(s / "ice_text.model", b"\x0a", b"\x0b", after=2000), Exit.WRONG_TOKENIZER, "damaged"),
     "tokenizer with an endless number": (
-        1, lambda s: edit_bytes(s / "ice_text.model", b"", b"\xff" * 400_000), Exit.WRONG_TOKENIZER, "without an end"),
+        1, lambda s: edit_bytes(s / "ice_text.model", b"", b"\xff" * 400_000), Exit.WRONG_TOKENIZER, "damaged"),
     "no tokenizer": (1, lambda s: (s / "ice_text.model").unlink(), Exit.WRONG_TOKENIZER, "--tokenizer"),
     "tokenizer is no SentencePiece model": (
         1, lambda s: (s / "ice_text.model").write_bytes(b"hello"), Exit.WRONG_TOKENIZER, "SentencePiece"),
