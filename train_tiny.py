@@ -1,4 +1,5 @@
-"""Makes `tiny/`, the small ChatGLM that ships with this repository: `python train_tiny.py`, minutes on two CPU cores.
+"""Makes `tiny/`, the small ChatGLM that ships with this repository, in minutes on two CPU cores:
+`.venv/bin/python train_tiny.py`.
 
 From `tiny/dialogues.jsonl` alone: a SentencePiece model in the layout of `ice_text.model`, then a network trained
 through the package's own loss until it gives every answer of the set word for word, then the folder that
@@ -85,10 +86,11 @@ nonsense: it is a model for tests, not a source of knowledge.
 
 ## How it was made
 
-`python train_tiny.py` in the repository of ChatGLM-6B-Slim: AdamW on the model's own loss, from nothing but the
-dialogues, in minutes on two CPU cores. Prompts were varied while it learned (other cuts into pieces, lost words, small
-letters, a short opening, other names, other talk before them), never into one of the paraphrases that are held out.
-`report.json` has the figures above; `python train_tiny.py --check` measures them again.
+`.venv/bin/python train_tiny.py` in the repository of ChatGLM-6B-Slim: AdamW on the model's own loss, from nothing but
+the dialogues, in minutes on two CPU cores. Prompts were varied while it learned (other cuts into pieces, lost words,
+small letters, a short opening, other names, other talk before them), never into one of the paraphrases that are held
+out.
+`report.json` has the figures above; `.venv/bin/python train_tiny.py --check` measures them again.
 """
 
 

@@ -23,6 +23,8 @@ def exact(model, *arguments, **options):
     """What `model(...)` would give without rounding; see the note on float16."""
     twin, module = copy.deepcopy(model).double(), sys.modules[type(model).__module__]
     tables = module.rotary_tables
+    for own in (vars(part) for part in twin.modules()):  # tensors that are no parameters keep their type
+        own.update({name: x.double() for name, x in own.items() if isinstance(x, torch.Tensor)})
 
     def as_trained(position_ids, size, dtype):  # angles rounded to float16 belong to the format: they are the truth
         return tuple(table.double() for table in tables(position_ids, size, torch.float16))

@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import types
 import weakref
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from chatglm_cpu import instruction_set, program, runtime
 from chatglm_slim import kernel_routes, modeling_chatglm
 from chatglm_slim.modeling_chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
+from rounding import ROUNDINGS_OF_THE_HEAD, assert_as_near, exact, roundings
 
 pytestmark = pytest.mark.skipif(
     not instruction_set() or runtime.openmp_function("GOMP_barrier") is None,
@@ -16,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 )
 GMASK, SOP, EOP, PAD = 1101, 1104, 1105, 3
 IDS = torch.tensor([[5, 9, 700, 33, 12, GMASK, SOP, 40, 41, 42, 43, 44]])
-BOUND = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.1}  # as for the products alone
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def make_model(dtype=torch.bfloat16, quantization=None, **changes):
@@ -54,7 +56,7 @@ def steps(model, ids=IDS, prompt=8, **arguments):
     for index in range(prompt, ids.shape[1]):
         output = model(ids[:, index, None], past_key_values=output.past_key_values, use_cache=True)
         logits.append(output.logits)
-    return torch.cat(logits, dim=1).float(), output.past_key_values
+    return torch.cat(logits, dim=1), output.past_key_values
 
 
 def plain_steps(monkeypatch, model, *arguments, **named):
@@ -63,28 +65,31 @@ def plain_steps(monkeypatch, model, *arguments, **named):
         return steps(model, *arguments, **named)
 
 
-def assert_equals_plain(monkeypatch, model, *arguments, bound=None, **named):
-    (logits, cache), (plain, plain_cache) = (
-        steps(model, *arguments, **named),
-        plain_steps(monkeypatch, model, *arguments, **named),
-    )
-    bound = bound or BOUND[model.dtype]
+def assert_equals_plain(monkeypatch, model, ids=IDS, prompt=8):
+    """Judged by the whole text at once in float64, whose logits and cache are those of the steps."""
+    logits, cache = steps(model, ids, prompt)
+    plain, plain_cache = plain_steps(monkeypatch, model, ids, prompt)
+    truth, layers = exact(model, ids, use_cache=True), len(model.transformer.layers)
     assert plain.abs().max() > 0.5
-    torch.testing.assert_close(logits, plain, rtol=0, atol=bound)
-    for ours, theirs in zip(cache_tensors(cache), cache_tensors(plain_cache)):
-        torch.testing.assert_close(ours.float(), theirs.float(), rtol=0.02, atol=3 * bound)
+    of_logits = roundings(model.config, layers) + ROUNDINGS_OF_THE_HEAD
+    assert_as_near(logits, plain, truth.logits[:, prompt - 1 :], of_logits)
+    found = [cache_tensors(each) for each in (cache, plain_cache, truth.past_key_values)]
+    assert [len(tensors) for tensors in found] == [2 * layers] * 3
+    for number, states in enumerate(zip(*found)):  # norm, projection, rotation
+        assert_as_near(*states, roundings(model.config, number // 2) + 3)
 
 
 def cache_tensors(cache):
+    """Keys and values of the first layer, of the second one ..."""
     layers = getattr(cache, "layers", None)
     if layers is None:
-        found = [*cache.key_cache, *cache.value_cache]
+        found = [states for layer in zip(cache.key_cache, cache.value_cache) for states in layer]
     else:
         found = [states for layer in layers for states in (layer.keys, layer.values)]
     return [states for states in found if states is not None]  # a pruned model leaves layers out
 
 
-@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "quantization", [{"bits": 8}, {"bits": 4}, {"bits": 4, "group_size": 32, "quantize_head": 8}, None], ids=str
 )
@@ -141,7 +146,7 @@ def test_padded_batches_take_the_plain_way(monkeypatch, served):
 @torch.no_grad()
 def test_the_cache_grows_past_its_buffers(monkeypatch, served):
     ids = torch.cat((IDS, torch.arange(300)[None] % 1000 + 10), dim=1)
-    assert_equals_plain(monkeypatch, make_model(torch.float16), ids, prompt=250, bound=0.03)
+    assert_equals_plain(monkeypatch, make_model(torch.float16), ids, prompt=250)
     assert all(served)
 
 
@@ -158,12 +163,13 @@ def test_cropped_reordered_and_rebuilt_caches_are_continued(monkeypatch, served)
             cache = modeling_chatglm.as_cache(cache)
         cache.reorder_cache(torch.tensor([1, 1]))
         positions = torch.tensor([[[5], [4]]] * 2)
-        return model(torch.tensor([[7], [8]]), past_key_values=cache, position_ids=positions).logits.float()
+        return model(torch.tensor([[7], [8]]), past_key_values=cache, position_ids=positions).logits
 
     ours = branches()
     assert all(served) and len(served) == 5
     monkeypatch.setattr(modeling_chatglm, "decode_step", lambda *rest: None)
-    torch.testing.assert_close(ours, branches(), rtol=0, atol=0.01)
+    whole = torch.cat((IDS[:, :9].repeat(2, 1), torch.tensor([[7], [8]])), dim=1)  # which has these positions
+    assert_as_near(ours, branches(), exact(model, whole).logits[:, -1:], roundings(model.config))
 
 
 def test_gradients_take_the_plain_way(served):
@@ -194,9 +200,8 @@ def add_hook(model):
 
 
 def replace_forward(model):
-    attention = model.transformer.layers[0].attention.dense
-    real = attention.forward
-    attention.forward = lambda x: -real(x)
+    dense = model.transformer.layers[0].attention.dense
+    dense.forward = types.MethodType(lambda self, x: -torch.nn.Linear.forward(self, x), dense)
 
 
 def replace_layer(model):
@@ -296,7 +301,7 @@ def test_a_change_between_two_steps_is_noticed(monkeypatch, served, change):
     model = make_model()
     before, _ = steps(model)
     change(model)
-    assert_equals_plain(monkeypatch, model, bound=0.1)
+    assert_equals_plain(monkeypatch, model)
     after, _ = steps(model)
     assert (before - after).abs().max() > (0.2 if change not in (change_type, quantize) else 1e-3)
     assert all(served[:4])
