@@ -70,8 +70,8 @@ def read_complete(path: str | os.PathLike) -> tuple[spm.SentencePieceProcessor, 
     """
     if not os.path.isfile(path):
         raise ValueError(
-            f"No {VOCAB_FILE} at {path}: make a complete folder with `python slim.py THUDM/chatglm-6b OUT "
-            "--repackage`, or download that file from the Hub into the folder."
+            f"No {VOCAB_FILE} at {path}: make a complete folder with "
+            "`python slim.py THUDM/chatglm-6b OUT --repackage`, or download that file from the Hub into the folder."
         )
     if os.path.getsize(path) > MOST_BYTES:
         raise ValueError(f"{path} has {os.path.getsize(path):,} bytes, more than {MOST_BYTES:,}: {CURE}")
