@@ -520,10 +520,13 @@ PRIVATE = {
         not hasattr(cache_utils(), "DynamicLayer")
         or all(name in source_of(cache_utils()) for name in ("self.keys", "self.values", "self.is_initialized"))
     ),
-    "layer_class_to_replicate, or key_cache and value_cache": lambda: (
+    "layers, or key_cache and value_cache": lambda: (
         not hasattr(cache_utils(), "DynamicCache")
-        or ("layer_class_to_replicate" if hasattr(cache_utils(), "DynamicLayer") else "key_cache")
-        in source_of(cache_utils())
+        or ("self.layers" if hasattr(cache_utils(), "DynamicLayer") else "key_cache") in source_of(cache_utils())
+    ),
+    "_load_pretrained_model (below 4.28)": lambda: (
+        hasattr(transformers.PreTrainedModel, "_tied_weights_keys")
+        or hasattr(transformers.PreTrainedModel, "_load_pretrained_model")
     ),
 }
 
