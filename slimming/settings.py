@@ -9,7 +9,6 @@ here, and nothing of a source reaches transformers before it has passed.
 from __future__ import annotations
 
 import functools
-import inspect
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -141,7 +140,7 @@ def config_class() -> Any:
 @functools.cache
 def config_names() -> frozenset[str]:
     """The fields that ChatGLMConfig knows, the official int4 code's name for a quantized embedding among them."""
-    known = set(inspect.signature(config_class().__init__).parameters) - {"self", "kwargs", "code_version"}
+    known = set(package_module("configuration_chatglm").FIELDS) - {"code_version"}
     return frozenset(known | {"quantization_embeddings"})
 
 
