@@ -110,7 +110,7 @@ class GrowingStates:
 
 
 class GrowingCache(DynamicCache):
-    """A DynamicCache that appends in place."""
+    """A DynamicCache whose `update` writes behind what it holds, and copies nothing else."""
 
     geometry = None  # of the sequence that it holds, see remember_geometry
     in_generate = False  # generate alone has this cache: it may overwrite what it crops
@@ -172,8 +172,8 @@ def give_cache(model, arguments: tuple, options: dict):
     given = one_of(options.pop("past_key_values", None), options.pop("cache", None))
     cache = as_cache(given)
     if given is None:
-        of_call = (*arguments[:1], options.get("generation_config"))  # 4.23 has another argument there
-        configs = (*of_call, generation_settings(model), model.config)
+        # what 4.23 has as the first argument is none
+        configs = (*arguments[:1], options.get("generation_config"), generation_settings(model), model.config)
         sources = [options, *(vars(config) for config in configs if hasattr(config, "use_cache"))]
 
         def chosen(name: str):
@@ -214,11 +214,6 @@ def geometry_of(cache):
     if isinstance(cache, GrowingCache):
         return cache.geometry
     return None if cache is None or is_tracing() else _geometries.get(id(cache))
-
-
-def grows_in_place(cache) -> bool:
-    """Whether its `update` writes new keys and values behind the old ones, and copies nothing else."""
-    return isinstance(cache, GrowingCache)
 
 
 def cached_states(cache, layer_idx: int) -> tuple[Tensor, ...]:
@@ -367,20 +362,16 @@ class VersionedModel(PreTrainedModel):
         custom_object_save(self, save_directory, config=self.config)
         return None
 
-    if hasattr(PreTrainedModel, "_set_gradient_checkpointing"):  # 4.35; 5.23 adds the layers between
-
-        def _set_gradient_checkpointing(
-            self, enable=True, gradient_checkpointing_func=checkpoint.checkpoint, every_n_layers: int = 1
-        ):
-            for module in self.modules():
-                if hasattr(module, "gradient_checkpointing"):
-                    module.gradient_checkpointing, module.checkpoint_every = enable, every_n_layers
-                    module.checkpoint_function = gradient_checkpointing_func
-    else:  # called for each module
-
-        def _set_gradient_checkpointing(self, module, value=False):
-            if hasattr(module, "gradient_checkpointing"):
-                module.gradient_checkpointing = value
+    def _set_gradient_checkpointing(
+        self, enable=True, gradient_checkpointing_func=checkpoint.checkpoint, every_n_layers: int = 1, **old
+    ):
+        """Below 4.35 transformers calls this for each module, with `value`; from 5.23 on it can ask for layers between
+        others, and counts only those of a class of its own."""
+        network = self.base_model
+        network.gradient_checkpointing = old.pop("value", enable)
+        network.checkpoint_function, network.checkpoint_every = gradient_checkpointing_func, every_n_layers
+        if old:
+            raise TypeError(f"gradient checkpointing with {old} is unknown to this version of the model's code")
 
     def checkpointed(self, layer: nn.Module, layer_idx: int):
         """The layer as a function that keeps nothing for its backward pass, where checkpointing asks for that. Never
@@ -413,9 +404,8 @@ def fill_missing(model: PreTrainedModel) -> None:
         logger.warning(f"newly initialized, because the checkpoint has none: {', '.join(missing)}")
 
 
-WEIGHT_FILES = tuple(  # in the order in which transformers looks for them
-    name for single in ("model.safetensors", "pytorch_model.bin") for name in (single, f"{single}.index.json")
-)
+# In the order in which transformers looks for them.
+WEIGHT_FILES = [f"{name}{of}" for name in ("model.safetensors", "pytorch_model.bin") for of in ("", ".index.json")]
 SHARD = re.compile(r"-\d{5}-of-\d{5}(\.safetensors|\.bin)$")
 
 

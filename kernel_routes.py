@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as modules_of_torch
 
-from .compat import cached_length, cached_states, grows_in_place, is_tracing
+from .compat import GrowingCache, cached_length, cached_states, is_tracing
 from .configuration_chatglm import warn_once
 from .cuda_kernels import dequantize as cuda_dequantize
 from .cuda_kernels import linear as cuda_linear
@@ -336,7 +336,7 @@ def decode_step(blocks: nn.ModuleList, final_norm: nn.Module, hidden: Tensor, ro
     """
     if type(hidden) is not Tensor or hidden.device.type != "cpu" or torch.is_grad_enabled() or engine() is None:
         return None
-    if is_watched() or any(GLOBAL_HOOKS) or not grows_in_place(cache):
+    if is_watched() or any(GLOBAL_HOOKS) or not isinstance(cache, GrowingCache):
         return None
     network = described(blocks, final_norm, kinds)
     if network is None or network.heads * network.head_size != hidden.shape[2]:

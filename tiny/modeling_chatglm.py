@@ -30,7 +30,6 @@ from .compat import (
     Past,
     VersionedModel,
     as_cache,
-    cache_of_generate,
     cached_length,
     check_weight_files,
     chosen_attention,
@@ -41,6 +40,7 @@ from .compat import (
     is_tracing,
     one_of,
     remember_geometry,
+    take_back,
 )
 from .configuration_chatglm import ChatGLMConfig, warn_of_other_code, warn_once
 from .cuda_kernels import linear as cuda_linear  # noqa: F401
@@ -373,10 +373,7 @@ class ChatGLMPreTrainedModel(VersionedModel):
             folder = os.path.join(path, kwargs.get("subfolder") or "") if isinstance(path, (str, os.PathLike)) else ""
             if os.path.isdir(folder):
                 check_weight_files(folder, GET_WEIGHTS)
-            stored = stored_config(path, kwargs)
-            refuse_other_format(path, stored, kwargs)
-            stored_tie = stored.get("tie_word_embeddings", True)
-            kwargs["head_is_tied"] = getattr(kwargs.get("config"), "tie_word_embeddings", stored_tie)
+            refuse_other_format(path, stored_config(path, kwargs), kwargs)
         warn_of_other_code(path)
         return super().from_pretrained(path, *args, **kwargs)
 
@@ -754,9 +751,8 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         ids = kwargs.get("input_ids") if inputs is None else inputs
         self._without_official_forms(kwargs.get("inputs_embeds") if ids is None else ids, kwargs)
         cache = give_cache(self, args, kwargs)
-        with cache_of_generate(cache):
-            output = super().generate(inputs, *args, **kwargs)
-        if cache is not None and not int(cached_length(cache)):
+        output = super().generate(inputs, *args, **kwargs)
+        if not take_back(cache):
             warn_once(
                 "generate made no use of its cache, so each token computed the whole text again: this version of "
                 "transformers hands it over in another way than ChatGLM-6B-Slim knows; see the versions in its README"
