@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import platform
 import types
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +32,7 @@ INT4_BLOCK = 64  # rows of a weight that it takes together on any processor
 PACKED_AT_ONCE = 1 << 20  # weights, which take four bytes each while they are packed
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The engine, and whether it may be used
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The engine, and whether it may be used -------------------------------------------------------------------------
 
 
 @functools.cache
@@ -45,18 +42,22 @@ def engine():
         import chatglm_cpu
     except Exception as error:  # a broken installation breaks no model
         if not isinstance(error, ImportError) or error.name != "chatglm_cpu":
-            warn_once(
-                f"chatglm_cpu does not start ({error!r}), PyTorch computes, several times slower: {INSTALL} anew"
-            )
+            warn_once(f"chatglm_cpu does not start ({error!r}), PyTorch computes several times slower: {INSTALL} anew")
         return None
     level = getattr(chatglm_cpu, "API_LEVEL", 0)
-    if level < API_LEVEL:
-        warn_once(
-            f"chatglm_cpu has API level {level} and this model's code asks for {API_LEVEL}: PyTorch computes, several "
-            f"times slower; {INSTALL} anew"
-        )
-        return None
-    return chatglm_cpu
+    if level >= API_LEVEL:
+        return chatglm_cpu
+    warn_once(
+        f"chatglm_cpu has API level {level}, this code asks for {API_LEVEL}: PyTorch computes several times slower; "
+        f"{INSTALL} anew"
+    )
+    return None
+
+
+def by_engine(operation: str, x: Tensor, *arguments):
+    """The engine's `operation` of x and the rest, where it serves: on a CPU, with nothing watched; else None."""
+    serves = x.device.type == "cpu" and not is_watched() and engine() is not None
+    return getattr(engine(), operation)(x, *arguments) if serves else None
 
 
 def hint_at_engine(weights: str) -> None:
@@ -95,9 +96,7 @@ def is_altered(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Products
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Products -------------------------------------------------------------------------------------------------------
 
 
 def unpack_int4(packed: Tensor) -> Tensor:
@@ -113,6 +112,13 @@ def dequantize_weight(weight: Tensor, scale: Tensor, bits: int, dtype: torch.dty
     return (values.unflatten(1, (scale.shape[1], -1)) * scale.to(dtype)[:, :, None]).flatten(1)
 
 
+def dequantized(weight: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """dequantize_weight. Routes: the engine's on a CPU, cuda_kernels' on a GPU, where they serve; else plain."""
+    arguments = (weight, scale, bits, dtype)
+    fast = cuda_dequantize(*arguments) if weight.device.type == "cuda" else by_engine("dequantize", *arguments)
+    return dequantize_weight(*arguments) if fast is None else fast
+
+
 def product(
     x: Tensor,
     weight: Tensor,
@@ -126,7 +132,7 @@ def product(
 
     Routes, in this order:
     * CPU, something watched (`is_watched`): plain PyTorch;
-    * CPU: chatglm_cpu's `linear`, for contiguous weights with 4 n rows and 128 n columns, any number of rows of x;
+    * CPU: the engine's `linear`, for contiguous weights with 4 n rows and 128 n columns, any number of rows of x;
     * CPU, SMALLEST weights and more, up to INT8_ROWS rows, INT8 with a scale a row: PyTorch's `_weight_int8pack_mm` in
       bfloat16; it needs a copy where the weight is not aligned, as in a mapped file;
     * CPU, SMALLEST weights and more, up to INT4_ROWS rows, INT4: PyTorch's INT4 product in bfloat16, with a copy of
@@ -137,10 +143,14 @@ def product(
     copies: where a layer keeps the copy of its weight, as large as the weight; None for no copies.
     """
     # Kernels want contiguous rows, and torch would repeat the weight for each row of a strided batch.
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    y = None
+    rows, y = x.reshape(-1, x.shape[-1]).contiguous(), None
     if x.device.type == "cpu" and not is_watched():
-        y = cpu_product(rows, weight, scale, bits, bias, int8_activations, copies)
+        hint_at_engine(f"INT{bits}")
+        if int8_activations and engine() is None:
+            warn_once(f"quantize_activations has no effect without chatglm_cpu: {INSTALL}")
+        y = by_engine("linear", rows, weight, scale, bits, bias, int8_activations)
+        if y is None and weight.device.type == "cpu" and weight.shape[0] * x.shape[-1] >= SMALLEST:
+            y = product_of_torch(rows, weight, scale, bits, bias, copies)
     elif x.device.type == "cuda" and not is_tracing():
         y = cuda_linear(rows, weight, scale, bits)
         y = y if y is None or bias is None else y.add_(bias)
@@ -149,67 +159,8 @@ def product(
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def cpu_product(x, weight, scale, bits, bias, int8_activations, copies) -> Tensor | None:
-    hint_at_engine(f"INT{bits}")
-    cpu = engine()
-    if cpu is None and int8_activations:
-        warn_once(f"quantize_activations has no effect without chatglm_cpu: {INSTALL}")
-    y = None if cpu is None else cpu.linear(x, weight, scale, bits, bias, int8_activations)
-    if y is not None or weight.device.type != "cpu" or weight.shape[0] * x.shape[1] < SMALLEST:
-        return y
-    if bits == 8 and len(x) <= INT8_ROWS and scale.dim() == 1 and hasattr(torch, "_weight_int8pack_mm"):
-        aligned = weight if weight.data_ptr() % ALIGNMENT == 0 else kept_copy(copies, weight, scale, aligned_copy)
-        if aligned is not None:
-            ones = weight.new_ones(weight.shape[0], dtype=torch.bfloat16)
-            return scaled(torch._weight_int8pack_mm(x.bfloat16(), aligned, ones).float(), scale, bias, x.dtype)
-    if bits == 4 and len(x) <= INT4_ROWS and x.shape[1] % INT4_GROUPS[-1] == 0 and has_int4_product():
-        packed = kept_copy(copies, weight, scale, packed_copy)
-        if packed is not None:
-            y = torch._weight_int4pack_mm_for_cpu(x.bfloat16(), *packed)[:, : weight.shape[0]].float()
-            return scaled(y, scale if scale.dim() == 1 else None, bias, x.dtype)
-    return None
-
-
-def scaled(y: Tensor, scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Scales of whole rows are applied afterwards, where they are not rounded."""
-    y = y if scale is None else y * scale.float()
-    return (y if bias is None else y.add_(bias)).to(dtype)
-
-
-def linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """layer(x).
-
-    Routes: for a plain nn.Linear on a CPU with 16-bit weights, x in their type, no gradient and nothing watched or
-    hooked, chatglm_cpu's `linear`, which reads them at full memory speed; else the layer is called.
-    """
-    if type(layer) is nn.Linear and x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16):
-        weight, bias = layer.weight, layer.bias
-        trained = any(tensor is not None and tensor.requires_grad for tensor in (x, weight, bias))
-        altered = is_altered(layer) or any(GLOBAL_HOOKS) or is_watched()
-        if weight.dtype == x.dtype and not altered and not (trained and torch.is_grad_enabled()):
-            hint_at_engine("16-bit")
-            rows = x.reshape(-1, x.shape[-1]).contiguous()
-            y = None if engine() is None else engine().linear(rows, weight, None, 16, bias)
-            if y is not None:
-                return y.view(*x.shape[:-1], weight.shape[0])
-    return layer(x)
-
-
-def dequantized(weight: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    """dequantize_weight.
-
-    Routes: chatglm_cpu's `dequantize`, cuda_kernels' `dequantize`, where they serve; else plain PyTorch.
-    """
-    fast = None
-    if weight.device.type == "cpu" and engine() is not None and not is_watched():
-        fast = engine().dequantize(weight, scale, bits, dtype)
-    elif weight.device.type == "cuda":
-        fast = cuda_dequantize(weight, scale, bits, dtype)
-    return dequantize_weight(weight, scale, bits, dtype) if fast is None else fast
-
-
 class FrozenProduct(torch.autograd.Function):
-    """`product` with a gradient for x; the weights are frozen."""
+    """`product` with a gradient for x; the weights are frozen, and not kept unpacked until the gradient comes."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -219,17 +170,46 @@ class FrozenProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        weight, scale = ctx.saved_tensors
-        return gradient @ dequantized(weight, scale, ctx.bits, gradient.dtype), None, None, None
+        return gradient @ dequantized(*ctx.saved_tensors, ctx.bits, gradient.dtype), None, None, None
 
 
-class Copy(NamedTuple):
-    """What was made of a weight and its scale. Their aliases keep anything else from getting their memory."""
+def linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x).
 
-    weight: Tensor
-    scale: Tensor
-    versions: tuple[int, int]
-    made: object
+    Routes: for a plain nn.Linear on a CPU with 16-bit weights, x in their type, no gradient and nothing watched or
+    hooked, the engine's `linear`, which reads them at full memory speed; else the layer is called.
+    """
+    if type(layer) is not nn.Linear or x.device.type != "cpu" or x.dtype not in (torch.float16, torch.bfloat16):
+        return layer(x)
+    weight, bias = layer.weight, layer.bias
+    trained = any(tensor is not None and tensor.requires_grad for tensor in (x, weight, bias))
+    altered = is_altered(layer) or any(GLOBAL_HOOKS) or is_watched()
+    if weight.dtype != x.dtype or altered or (trained and torch.is_grad_enabled()):
+        return layer(x)
+    hint_at_engine("16-bit")
+    y = by_engine("linear", x.reshape(-1, x.shape[-1]).contiguous(), weight, None, 16, bias)
+    return layer(x) if y is None else y.view(*x.shape[:-1], weight.shape[0])
+
+
+# ---- PyTorch's own products with INT8 and INT4 weights, where the engine does not serve -----------------------------
+
+
+def product_of_torch(x, weight, scale, bits, bias, copies) -> Tensor | None:
+    """As `product` says. Scales of whole rows are applied afterwards, where they are not rounded."""
+    if bits == 8 and len(x) <= INT8_ROWS and scale.dim() == 1 and hasattr(torch, "_weight_int8pack_mm"):
+        aligned = weight if weight.data_ptr() % ALIGNMENT == 0 else kept_copy(copies, weight, scale, aligned_copy)
+        if aligned is None:
+            return None
+        y = torch._weight_int8pack_mm(x.bfloat16(), aligned, scale.new_ones(len(scale), dtype=torch.bfloat16))
+    elif bits == 4 and len(x) <= INT4_ROWS and x.shape[1] % INT4_GROUPS[-1] == 0 and has_int4_product():
+        packed = kept_copy(copies, weight, scale, packed_copy)
+        if packed is None:
+            return None
+        y = torch._weight_int4pack_mm_for_cpu(x.bfloat16(), *packed)[:, : len(weight)]
+    else:
+        return None
+    y = y.float() if scale.dim() == 2 else y.float() * scale.float()
+    return (y if bias is None else y.add_(bias)).to(x.dtype)
 
 
 def kept_copy(copies: dict | None, weight: Tensor, scale: Tensor, make):
@@ -238,16 +218,14 @@ def kept_copy(copies: dict | None, weight: Tensor, scale: Tensor, make):
     """
     if copies is None or weight.is_inference() or scale.is_inference():
         return None
-    versions, copy = (weight._version, scale._version), copies.get(make)
-    if copy is not None and copy.versions == versions:
-        same = (copy.weight.data_ptr(), copy.weight.shape) == (weight.data_ptr(), weight.shape)
-        if same and (copy.scale.data_ptr(), copy.scale.shape) == (scale.data_ptr(), scale.shape):
-            return copy.made
-    copies.clear()  # before there is a second one
-    with torch.inference_mode(False), torch.no_grad():
-        made = make(weight, scale)
-    copies[make] = Copy(weight.data, scale.data, versions, made)
-    return made
+    versions, of = (weight._version, scale._version), (weight.data, scale.data)
+    state = (versions, *((tensor.data_ptr(), tensor.shape) for tensor in of))
+    kept = copies.get(make)
+    if kept is None or kept[0] != state:
+        copies.clear()  # before there is a second one
+        with torch.inference_mode(False), torch.no_grad():
+            kept = copies[make] = (state, make(*of), of)  # as long as `of` lives, nothing else gets its memory
+    return kept[1]
 
 
 def aligned_copy(weight: Tensor, scale: Tensor) -> Tensor:
@@ -255,29 +233,16 @@ def aligned_copy(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def packed_copy(weight: Tensor, scale: Tensor) -> tuple[Tensor, int, Tensor]:
-    """What PyTorch's INT4 product takes: the weight, with a few rows more, in its order, columns a scale, scales."""
-    rows = max(INT4_BLOCK, PACKED_AT_ONCE // (2 * weight.shape[1]) // INT4_BLOCK * INT4_BLOCK)
-    return torch.cat([pack_rows(part) for part in weight.split(rows)]), *group_scales(scale, 2 * weight.shape[1])
-
-
-def pack_rows(weight: Tensor) -> Tensor:
-    values = F.pad(unpack_int4(weight), (0, 0, 0, -len(weight) % INT4_BLOCK)).to(torch.int32).add_(8)
-    return torch._convert_weight_to_int4pack_for_cpu(values, 1)
-
-
-def group_scales(scale: Tensor, columns: int) -> tuple[int, Tensor]:
-    """(columns a scale, scales and zero points [groups, N, 2] bfloat16); for scales of whole rows ones stand in."""
-    missing = -len(scale) % INT4_BLOCK
-    if scale.dim() == 2:
-        scales = F.pad(scale.T, (0, missing))
-        return columns // scale.shape[1], torch.stack((scales, torch.zeros_like(scales)), dim=-1).bfloat16()
-    group = next(group for group in INT4_GROUPS if columns % group == 0)
-    return group, ones_as_scales(columns // group, len(scale) + missing)
-
-
-@functools.lru_cache(maxsize=16)
-def ones_as_scales(groups: int, rows: int) -> Tensor:
-    return torch.tensor([1.0, 0.0], dtype=torch.bfloat16, device="cpu").repeat(groups, rows, 1)
+    """What PyTorch's INT4 product takes: the weight in its order, its rows filled up to a multiple of INT4_BLOCK;
+    columns a scale; scales and zero points [groups, rows, 2] bfloat16, with ones for scales of whole rows."""
+    columns, missing = 2 * weight.shape[1], -len(weight) % INT4_BLOCK
+    at_once = max(INT4_BLOCK, PACKED_AT_ONCE // columns // INT4_BLOCK * INT4_BLOCK)
+    parts = [F.pad(unpack_int4(part), (0, 0, 0, -len(part) % INT4_BLOCK)) for part in weight.split(at_once)]
+    packed = torch.cat([torch._convert_weight_to_int4pack_for_cpu(part.to(torch.int32) + 8, 1) for part in parts])
+    if scale.dim() == 1:
+        scale = scale.new_ones(len(scale), columns // next(group for group in INT4_GROUPS if columns % group == 0))
+    scales = F.pad(scale.T, (0, missing)).bfloat16()
+    return packed, columns // scale.shape[1], torch.stack((scales, torch.zeros_like(scales)), dim=-1)
 
 
 @functools.cache
@@ -286,49 +251,43 @@ def has_int4_product() -> bool:
     try:
         weight = torch.arange(INT4_BLOCK * 64, device="cpu").mul(167).to(torch.int8).view(INT4_BLOCK, 64)
         x = torch.linspace(-1, 1, 128, dtype=torch.float32, device="cpu").bfloat16()[None]
-        y = torch._weight_int4pack_mm_for_cpu(x, pack_rows(weight), 128, ones_as_scales(1, INT4_BLOCK)).float()
+        ones = torch.ones(INT4_BLOCK, 1, dtype=torch.float32, device="cpu")
+        y = torch._weight_int4pack_mm_for_cpu(x, *packed_copy(weight, ones))
         exact, x = unpack_int4(weight).double(), x.double()
-        right = ((y - x @ exact.T).abs() <= 2.0**-7 * (x.abs() @ exact.abs().T)).all()
+        is_right = bool(((y - x @ exact.T).abs() <= 2.0**-7 * (x.abs() @ exact.abs().T)).all())
+        reason = "wrong numbers"
     except (AttributeError, RuntimeError) as error:
-        warn_once(f"INT4 weights are unpacked for each product: PyTorch's INT4 product does not serve ({error})")
-        return False
-    if not right:
-        warn_once("INT4 weights are unpacked for each product: PyTorch's INT4 product gives wrong numbers here")
-    return bool(right)
+        is_right, reason = False, error
+    if not is_right:
+        warn_once(f"INT4 weights are unpacked for each product: PyTorch's INT4 product does not serve ({reason})")
+    return is_right
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What stands between the products
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- What stands between the products -------------------------------------------------------------------------------
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
     """query [B, H, S, D], key and value [B, H, K, D] -> [B, H, S, D].
 
-    Routes: on a CPU, where nothing is watched, chatglm_cpu's `attention`, which serves one new token of any type and
-    long prompts in bfloat16; else PyTorch's.
+    Routes: the engine's, which serves one new token of any type and long prompts in bfloat16; else PyTorch's.
     """
-    fast = None
-    if query.device.type == "cpu" and engine() is not None and not is_watched():
-        fast = engine().attention(query, key, value, visible)
+    fast = by_engine("attention", query, key, value, visible)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=visible) if fast is None else fast
 
 
 def gelu(states: Tensor) -> Tensor:
-    """In the tanh form.
-
-    Routes: on a CPU in 16 bit, where nothing is watched, chatglm_cpu's, in half the time; else PyTorch's.
-    """
-    fast = None
-    if states.device.type == "cpu" and engine() is not None and not is_watched():
-        fast = engine().gelu(states)
+    """In the tanh form. Routes: the engine's in 16 bit, in half the time; else PyTorch's."""
+    fast = by_engine("gelu", states)
     return F.gelu(states, approximate="tanh") if fast is None else fast
+
+
+# ---- A whole decode step, and where weights lie ---------------------------------------------------------------------
 
 
 def decode_step(blocks: nn.ModuleList, final_norm: nn.Module, hidden: Tensor, rotary, cache, kinds) -> Tensor | None:
     """The output [B, 1, hidden] of all blocks and the final norm for one new token; None: call the modules.
 
-    Routes: chatglm_cpu's `decode_program`, for up to four sequences on a CPU, without gradients, in a cache that grows
+    Routes: the engine's `decode_program`, for up to four sequences on a CPU, without gradients, in a cache that grows
     in place, through 16-bit or quantized layers, as long as the modules are what `described` knows; else None.
 
     hidden: [B, 1, hidden], the embedding; rotary: the tables of its position, of hidden's type; cache: holds all other
@@ -343,9 +302,8 @@ def decode_step(blocks: nn.ModuleList, final_norm: nn.Module, hidden: Tensor, ro
         return None
     new = hidden.view(len(hidden), network.heads, 1, network.head_size)
     layers = [block.attention.layer_idx for block in blocks]
-    shapes = {tuple(states.shape for states in cached_states(cache, layer_idx)) for layer_idx in layers}
-    held = cached_length(cache)
-    if shapes != {((*new.shape[:2], held, new.shape[3]),) * 2}:  # as many in every layer, of keys and of values
+    expected = (*new.shape[:2], cached_length(cache), new.shape[3])  # as many tokens in every layer, keys and values
+    if any([x.shape for x in cached_states(cache, layer_idx)] != [expected] * 2 for layer_idx in layers):
         return None
     step = engine().decode_program(blocks, network, len(hidden), hidden.dtype, rotary[0].shape[4])
     if step is None:
@@ -356,67 +314,47 @@ def decode_step(blocks: nn.ModuleList, final_norm: nn.Module, hidden: Tensor, ro
 
 
 def described(blocks: nn.ModuleList, final_norm: nn.Module, kinds: tuple[type, type, type, type]):
-    """The network as the engine takes it, tensors and numbers; None where calling the modules would do anything else
-    than their classes say. Attributes are looked up as the modules themselves would."""
-    cpu, (block_kind, attention_kind, mlp_kind, quantized) = engine(), kinds
+    """The network as the engine's `Network` wants it, tensors and numbers; None where calling the modules would do
+    anything else than their classes say. Read at each step, so it takes no detours."""
+    block_kind, attention_kind, mlp_kind, quantized = kinds
+    values, sizes = [], set()
 
-    def product_of(layer):
-        bits = layer.bits if type(layer) is quantized else 16
-        if type(layer) not in (nn.Linear, quantized) or is_altered(layer) or layer.bias is None:
+    def add(module, *kinds) -> None:
+        kind, own = type(module), module._parameters
+        if kind not in kinds or is_altered(module):
             raise TypeError
-        return cpu.Product(layer.weight, layer.bias, None if bits == 16 else layer.weight_scale, bits)
+        if kind is nn.LayerNorm:
+            if module.normalized_shape != own["weight"].shape:
+                raise TypeError
+            values.extend((own["weight"], own["bias"], float(module.eps)))
+        elif kind is nn.Linear:
+            values.extend((own["weight"], own["bias"], None, 16))
+        elif kind is quantized:
+            values.extend((own["weight"], own["bias"], own["weight_scale"], module.bits))
 
-    def norm_of(norm):
-        if type(norm) is not nn.LayerNorm or is_altered(norm) or norm.weight is None or norm.bias is None:
-            raise TypeError
-        if norm.normalized_shape != tuple(norm.weight.shape):
-            raise TypeError
-        return cpu.Norm(norm.weight, norm.bias, float(norm.eps))
-
-    layers, sizes = [], set()
     try:
         for block in blocks:
+            add(block, block_kind)
             attention, mlp = block.attention, block.mlp
-            if (type(block), type(attention), type(mlp)) != (block_kind, attention_kind, mlp_kind):
-                return None
-            if is_altered(block) or is_altered(attention) or is_altered(mlp):
-                return None
+            add(attention, attention_kind)
+            add(mlp, mlp_kind)
             sizes.add((attention.heads, attention.head_size))
-            before = norm_of(block.input_layernorm), *map(product_of, (attention.query_key_value, attention.dense))
-            after = norm_of(block.post_attention_layernorm), *map(product_of, (mlp.dense_h_to_4h, mlp.dense_4h_to_h))
-            layers.append(cpu.Layer(float(block.residual_scale), *before, *after))
-        return cpu.Network(*sizes.pop(), layers, norm_of(final_norm)) if len(sizes) == 1 else None
-    except (AttributeError, TypeError):  # a module of another kind
+            values.append(float(block.residual_scale))
+            add(block.input_layernorm, nn.LayerNorm)
+            add(attention.query_key_value, nn.Linear, quantized)
+            add(attention.dense, nn.Linear, quantized)
+            add(block.post_attention_layernorm, nn.LayerNorm)
+            add(mlp.dense_h_to_4h, nn.Linear, quantized)
+            add(mlp.dense_4h_to_h, nn.Linear, quantized)
+        add(final_norm, nn.LayerNorm)
+    except (AttributeError, KeyError, TypeError):  # a module of another kind
         return None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Where weights lie
-# ---------------------------------------------------------------------------------------------------------------------
+    return engine().Network(*sizes.pop(), values) if len(sizes) == 1 else None
 
 
 def move_to_huge_pages(model: nn.Module) -> None:
-    """Gives every module on the CPU new parameters in huge pages, one by one, so that a mapped file is released as
-    soon as its last one is done. Tied ones stay tied; who computes with an old one meanwhile keeps it. Buffers stay.
-
-    Routes: chatglm_cpu's `copy_to_huge_pages`; without it one line says so, and nothing is moved.
-    """
+    """Routes: the engine's; without it one line says so, and nothing is moved."""
     if engine() is None:
         warn_once(f"to_huge_pages() needs chatglm_cpu, and the weights stay where they are: {INSTALL}")
-        return
-    owners: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if type(parameter) is nn.Parameter and parameter.device.type == "cpu" and parameter.numel():
-                owners.setdefault(id(parameter), []).append((module, name))
-    copies: dict[tuple, Tensor] = {}  # parameters over the same memory get the same copy
-    with torch.inference_mode(False), torch.no_grad():
-        for places in owners.values():
-            old = places[0][0]._parameters[places[0][1]]
-            memory = (old.data_ptr(), old.dtype, old.shape, old.stride())
-            if memory not in copies:
-                copies[memory] = engine().copy_to_huge_pages(old.data)
-            new = nn.Parameter(copies[memory], requires_grad=old.requires_grad)
-            new.grad = old.grad
-            for module, name in places:
-                module._parameters[name] = new
+    else:
+        engine().move_to_huge_pages(model)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm  # a dependency of transformers
 
 from .configuration_chatglm import GROUP_SIZES
 from .cuda_kernels import quantize as cuda_quantize
@@ -26,9 +27,7 @@ WITHOUT_MEANING = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The format: pure functions
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The format: pure functions -------------------------------------------------------------------------------------
 
 
 def quantize_weight(weight: Tensor, bits: int, group_size: int = 0, search: bool = False) -> tuple[Tensor, Tensor]:
@@ -92,18 +91,14 @@ def check_shape(in_features: int, bits: int, group_size: int) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The layers
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The layers -----------------------------------------------------------------------------------------------------
 
 
 class QuantizedLinear(nn.Linear):
     """A linear layer with int8 or int4 weights; adapters that know nn.Linear (PEFT) can wrap it.
 
     weight: int8 [out, in] or [out, in / 2]; weight_scale: [out] or [out, in / group_size]; bias: [out] or None.
-
-    On a CPU without chatglm_cpu an INT4 layer makes a copy of its weight at its first product, as large as the weight,
-    in the order of PyTorch's own INT4 product. The copy is not counted, saved, copied or trained.
+    copies: what kernel_routes.product keeps of an INT4 weight, as large as it; not counted, saved, copied or trained.
     """
 
     quantize_activations = False  # see ChatGLMConfig
@@ -126,9 +121,7 @@ class QuantizedLinear(nn.Linear):
     def from_linear(cls, layer: nn.Linear, bits: int, group_size: int = 0, search: bool = False) -> QuantizedLinear:
         """The same layer with rounded weights, on its device and in its dtype."""
         quantized = cls(layer.in_features, layer.out_features, bits, group_size, layer.bias is not None, device="meta")
-        weight, scale = quantized_matrix(layer.weight, bits, group_size, search)
-        quantized.weight = nn.Parameter(weight, requires_grad=False)
-        quantized.weight_scale = nn.Parameter(scale.to(layer.weight.dtype), requires_grad=False)
+        fill(quantized, layer.weight, search)
         if layer.bias is not None:
             quantized.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
         return quantized
@@ -141,8 +134,7 @@ class QuantizedLinear(nn.Linear):
             return y if self.bias is None else y + self.bias.to(y.dtype)
         moved = "forward" in self.__dict__  # by accelerate's hooks: another weight at each call, not worth a copy
         copies = None if moved else self.copies
-        arguments = (self.weight, self.weight_scale, self.bits, self.bias, self.quantize_activations, copies)
-        return product(x, *arguments)
+        return product(x, self.weight, self.weight_scale, self.bits, self.bias, self.quantize_activations, copies)
 
     def __getstate__(self):
         return {**self.__dict__, "copies": {}}  # their order is this processor's
@@ -150,16 +142,6 @@ class QuantizedLinear(nn.Linear):
     def _apply(self, function, *arguments, **named):
         self.copies.clear()
         return super()._apply(function, *arguments, **named)
-
-    def dequantized(self, dtype: torch.dtype | None = None) -> nn.Linear:
-        """A plain layer with the same numbers, in `dtype` or that of the scale."""
-        dtype = dtype or self.weight_scale.dtype
-        layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        weight = dequantized(self.weight, self.weight_scale, self.bits, dtype)
-        layer.weight = nn.Parameter(weight)
-        if self.bias is not None:
-            layer.bias = nn.Parameter(self.bias.detach().to(dtype))
-        return layer
 
     def extra_repr(self) -> str:
         names = ("in_features", "out_features", "bits", "group_size")
@@ -171,7 +153,7 @@ class QuantizedEmbedding(nn.Module):
 
     def __init__(self, num_embeddings: int, embedding_dim: int, bits: int, group_size: int = 0, device=None):
         super().__init__()
-        self.num_embeddings, self.embedding_dim, self.bits = num_embeddings, embedding_dim, bits
+        self.embedding_dim, self.bits, self.group_size = embedding_dim, bits, group_size
         rows = QuantizedLinear(embedding_dim, num_embeddings, bits, group_size, bias=False, device=device)
         self.weight, self.weight_scale = rows.weight, rows.weight_scale
 
@@ -179,26 +161,30 @@ class QuantizedEmbedding(nn.Module):
         rows, scale = self.weight[ids.flatten()], self.weight_scale[ids.flatten()]
         return dequantize_weight(rows, scale, self.bits, scale.dtype).view(*ids.shape, self.embedding_dim)
 
-    def dequantized(self, dtype: torch.dtype | None = None) -> nn.Embedding:
-        """A plain one with the same numbers."""
-        dtype = dtype or self.weight_scale.dtype
-        embedding = nn.Embedding(self.num_embeddings, self.embedding_dim, device="meta")
-        weight = dequantized(self.weight, self.weight_scale, self.bits, dtype)
-        embedding.weight = nn.Parameter(weight)
-        return embedding
 
-
-def quantized_matrix(weight: Tensor, bits: int, group_size: int = 0, search: bool = False) -> tuple[Tensor, Tensor]:
-    """quantize_weight, by the CUDA kernel where it applies."""
-    fast = None
+def fill(layer: QuantizedLinear | QuantizedEmbedding, weight: Tensor, search: bool) -> None:
+    """Gives the layer `weight` [out, in] rounded, on its device, by the CUDA kernel where that applies."""
+    bits, group_size, fast = layer.bits, layer.group_size, None
     if weight.is_cuda and not group_size and not search:
         fast = cuda_quantize(weight, bits)
-    return quantize_weight(weight, bits, group_size, search) if fast is None else fast
+    values, scale = quantize_weight(weight, bits, group_size, search) if fast is None else fast
+    layer.weight = nn.Parameter(values, requires_grad=False)
+    layer.weight_scale = nn.Parameter(scale.to(weight.dtype), requires_grad=False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A whole model
-# ---------------------------------------------------------------------------------------------------------------------
+def plain_layer(layer: QuantizedLinear | QuantizedEmbedding, dtype: torch.dtype | None) -> nn.Linear | nn.Embedding:
+    """One with the same numbers, in `dtype` or that of the scale."""
+    weight = dequantized(layer.weight, layer.weight_scale, layer.bits, dtype or layer.weight_scale.dtype)
+    if isinstance(layer, QuantizedEmbedding):
+        return nn.Embedding.from_pretrained(weight, freeze=False)
+    plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    plain.weight = nn.Parameter(weight)
+    if layer.bias is not None:
+        plain.bias = nn.Parameter(layer.bias.detach().to(weight.dtype))
+    return plain
+
+
+# ---- A whole model --------------------------------------------------------------------------------------------------
 
 
 def quantize_model(
@@ -234,34 +220,16 @@ def quantize_model(
         TypeError: another argument.
     """
     accept_official(official)
-    config, quantize_head = model.config, quantize_head or (bits if quantize_embeddings else False)
-    if type(bits) is not int or bits not in (0, *LARGEST):
-        raise ValueError(f"quantize({bits!r}): use 8, 4, or 0 for no quantization")
-    if quantize_activations not in (None, False, True):
-        raise ValueError(f"quantize(quantize_activations={quantize_activations!r}): use False, True, or None")
-    if bits == 0:
-        return switch_activations(model, quantize_activations) if config.quantization_bit else model
-    if config.quantization_bit:
-        refuse_second_format(config, bits, group_size, quantize_head)
-        return switch_activations(model, quantize_activations)
-    if group_size not in GROUP_SIZES or quantize_head not in (False, True, 4, 8):
-        raise ValueError(
-            f"quantize(group_size={group_size!r}, quantize_head={quantize_head!r}): group_size is one of "
-            f"{GROUP_SIZES}, quantize_head False, True, 4 or 8"
-        )
-    layers = list(linear_layers(model.transformer.layers))
-    for _, _, layer in layers:
-        check_shape(layer.in_features, bits, group_size)
-    refuse_offloaded(model, f"quantize({bits})")
-    if progress is None:
-        progress = sum(parameter.numel() for parameter in model.parameters()) >= 10**9
-    for parent, name, layer in progress_bar(layers, progress, f"quantizing to INT{bits}"):
-        setattr(parent, name, QuantizedLinear.from_linear(layer, bits, group_size, search))
-    config.quantization_bit, config.quantization_group_size = bits, group_size
-    config.quantize_head = quantize_head
-    if config.head_bits:
-        quantize_embedding_and_head(model, search)
-    return switch_activations(model, quantize_activations)
+    quantize_head = quantize_head or (bits if quantize_embeddings else False)
+    check_request(model.config, bits, group_size, quantize_head, quantize_activations)
+    if bits and not model.config.quantization_bit:
+        quantize_layers(model, bits, group_size, search, progress)
+        model.config.quantize_head = quantize_head
+        if model.config.head_bits:
+            quantize_embedding_and_head(model, search)
+    if model.config.quantization_bit:
+        switch_activations(model, quantize_activations)
+    return model
 
 
 def accept_official(arguments: dict) -> None:
@@ -272,6 +240,47 @@ def accept_official(arguments: dict) -> None:
             warn_once(f"quantize({name}={value!r}) has no effect here: {WITHOUT_MEANING[name]}")
 
 
+def check_request(config, bits, group_size, quantize_head, quantize_activations) -> None:
+    """ValueError for values that quantize() does not know, and for another format than the model has already."""
+    if type(bits) is not int or bits not in (0, *LARGEST):
+        raise ValueError(f"quantize({bits!r}): use 8, 4, or 0 for no quantization")
+    if quantize_activations not in (None, False, True):
+        raise ValueError(f"quantize(quantize_activations={quantize_activations!r}): use False, True, or None")
+    if group_size not in GROUP_SIZES or quantize_head not in (False, True, 4, 8):
+        raise ValueError(
+            f"quantize(group_size={group_size!r}, quantize_head={quantize_head!r}): group_size is one of "
+            f"{GROUP_SIZES}, quantize_head False, True, 4 or 8"
+        )
+    present = (config.quantization_bit, config.quantization_group_size, config.quantize_head)
+    if bits and present[0] and (bits, group_size, quantize_head) not in (present, (present[0], 0, False)):
+        raise ValueError(
+            f"quantize(bits={bits}, group_size={group_size}, quantize_head={quantize_head}): the model is quantized "
+            f"already (bits={present[0]}, group_size={present[1]}, quantize_head={present[2]}); load the 16-bit one "
+            "again"
+        )
+
+
+def quantize_layers(model: nn.Module, bits: int, group_size: int, search: bool, progress: bool | None) -> None:
+    """Those of the blocks; says so in the configuration."""
+    layers = list(linear_layers(model.transformer.layers))
+    for _, _, layer in layers:
+        check_shape(layer.in_features, bits, group_size)
+    refuse_offloaded(model, f"quantize({bits})")
+    if progress is None:
+        progress = sum(parameter.numel() for parameter in model.parameters()) >= 10**9
+    for parent, name, layer in tqdm(layers, f"quantizing to INT{bits}", unit="matrix", disable=not progress):
+        setattr(parent, name, QuantizedLinear.from_linear(layer, bits, group_size, search))
+    model.config.quantization_bit, model.config.quantization_group_size = bits, group_size
+
+
+def linear_layers(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    """(parent, name, layer) of every linear layer below `module`."""
+    for parent in module.modules():
+        for name, layer in parent.named_children():
+            if isinstance(layer, nn.Linear):
+                yield parent, name, layer
+
+
 def refuse_offloaded(model: nn.Module, what: str) -> None:
     """Weights that accelerate keeps on disk or elsewhere lie on the meta device until they are used."""
     away = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
@@ -280,6 +289,40 @@ def refuse_offloaded(model: nn.Module, what: str) -> None:
             f"{what}: {len(away)} weights are offloaded and not in memory, {away[0]} for one; load the model without "
             "device_map first, as `python slim.py SOURCE OUTPUT --bits 4` also does, and move it afterwards"
         )
+
+
+@torch.no_grad()
+def quantize_embedding_and_head(model: nn.Module, search: bool) -> None:
+    """A tied pair stays tied: values and scales are stored once."""
+    transformer, old, bits = model.transformer, model.lm_head, model.config.head_bits
+    group_size = head_group_size(bits, model.config.quantization_group_size)
+    head = QuantizedLinear.from_linear(old, bits, group_size, search)
+    embedding = QuantizedEmbedding(old.out_features, old.in_features, bits, group_size, device="meta")
+    model.config.tie_word_embeddings = old.weight is transformer.word_embeddings.weight
+    if model.config.tie_word_embeddings:
+        embedding.weight, embedding.weight_scale = head.weight, head.weight_scale
+    else:
+        fill(embedding, transformer.word_embeddings.weight, search)
+    model.lm_head, transformer.word_embeddings = head, embedding
+    model._tied_weights_keys = tied_head_keys()
+
+
+def head_group_size(bits: int, group_size: int) -> int:
+    """Int8 rows need no groups; an int4 head has those of the other layers."""
+    return group_size if bits == 4 else 0
+
+
+def tied_head_keys() -> dict[str, str]:
+    """What a quantized head shares with the embedding."""
+    return {f"lm_head.{name}": f"transformer.word_embeddings.{name}" for name in ("weight", "weight_scale")}
+
+
+def switch_activations(model: nn.Module, int8: bool | None) -> None:
+    """Sets what ChatGLMConfig calls quantize_activations; None leaves it as it is."""
+    if int8 is not None:
+        model.config.quantize_activations = int8
+    for _, _, layer in linear_layers(model.transformer.layers):
+        layer.quantize_activations = model.config.quantize_activations
 
 
 @torch.no_grad()
@@ -294,82 +337,14 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
         ValueError: weights are offloaded; the model stays as it was.
     """
     refuse_offloaded(model, "dequantize()")
-    embedding, tied = model.transformer.word_embeddings, model.config.tie_word_embeddings
-    quantized = (QuantizedLinear, QuantizedEmbedding)
+    config, quantized = model.config, (QuantizedLinear, QuantizedEmbedding)
     found = [(p, n, layer) for p in model.modules() for n, layer in p.named_children() if isinstance(layer, quantized)]
     for parent, name, layer in found:
-        setattr(parent, name, layer.dequantized(dtype).requires_grad_(model.config.pre_seq_len is None))
-    if isinstance(embedding, QuantizedEmbedding) and tied:
+        setattr(parent, name, plain_layer(layer, dtype).requires_grad_(config.pre_seq_len is None))
+    if config.quantization_bit and config.head_bits and config.tie_word_embeddings:
         model.lm_head.weight = model.transformer.word_embeddings.weight
-    config = model.config
     config.quantization_bit, config.quantization_group_size, config.quantize_head = 0, 0, False
     config.quantize_activations = False
     if found:
         model._tied_weights_keys = type(model)._tied_weights_keys
     return model
-
-
-def switch_activations(model: nn.Module, int8: bool | None) -> nn.Module:
-    """Sets what ChatGLMConfig calls quantize_activations; None leaves it as it is."""
-    if int8 is not None:
-        model.config.quantize_activations = int8
-    for _, _, layer in linear_layers(model.transformer.layers):
-        layer.quantize_activations = model.config.quantize_activations
-    return model
-
-
-def refuse_second_format(config, bits: int, group_size: int, quantize_head: bool | int) -> None:
-    present = (config.quantization_bit, config.quantization_group_size, config.quantize_head)
-    if present == (bits, group_size, quantize_head) or (bits == present[0] and not group_size and not quantize_head):
-        return
-    raise ValueError(
-        f"quantize(bits={bits}, group_size={group_size}, quantize_head={quantize_head}): the model is quantized "
-        f"already (bits={present[0]}, group_size={present[1]}, quantize_head={present[2]}); load the 16-bit one again"
-    )
-
-
-def linear_layers(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """(parent, name, layer) of every linear layer below `module`."""
-    for parent in module.modules():
-        for name, layer in parent.named_children():
-            if isinstance(layer, nn.Linear):
-                yield parent, name, layer
-
-
-@torch.no_grad()
-def quantize_embedding_and_head(model: nn.Module, search: bool) -> None:
-    """A tied pair stays tied: values and scales are stored once."""
-    transformer, head, bits = model.transformer, model.lm_head, model.config.head_bits
-    group_size = head_group_size(bits, model.config.quantization_group_size)
-    tied = head.weight is transformer.word_embeddings.weight
-    model.lm_head = QuantizedLinear.from_linear(head, bits, group_size, search)
-    rows = model.lm_head if tied else as_linear(transformer.word_embeddings, bits, group_size, search)
-    embedding = QuantizedEmbedding(head.out_features, head.in_features, bits, group_size, device="meta")
-    embedding.weight, embedding.weight_scale = rows.weight, rows.weight_scale
-    transformer.word_embeddings = embedding
-    model.config.tie_word_embeddings = tied
-    model._tied_weights_keys = tied_head_keys()
-
-
-def as_linear(embedding: nn.Embedding, bits: int, group_size: int, search: bool) -> QuantizedLinear:
-    layer = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False, device="meta")
-    layer.weight = embedding.weight
-    return QuantizedLinear.from_linear(layer, bits, group_size, search)
-
-
-def head_group_size(bits: int, group_size: int) -> int:
-    """Int8 rows need no groups; an int4 head has those of the other layers."""
-    return group_size if bits == 4 else 0
-
-
-def tied_head_keys() -> dict[str, str]:
-    """What a quantized head shares with the embedding."""
-    return {f"lm_head.{name}": f"transformer.word_embeddings.{name}" for name in ("weight", "weight_scale")}
-
-
-def progress_bar(items: list, show: bool, description: str):
-    if not show:
-        return items
-    from tqdm.auto import tqdm  # a dependency of transformers
-
-    return tqdm(items, desc=description, unit="matrix")

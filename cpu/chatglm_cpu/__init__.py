@@ -5,9 +5,9 @@ It knows nothing of transformers or of the model's classes: it is handed tensors
 gives None, and the caller computes that in plain PyTorch. Importing it compiles, starts and changes nothing.
 """
 
-from .huge_pages import copy_to_huge_pages
+from .huge_pages import move_to_huge_pages
 from .kernels import dequantize, gelu
-from .program import Layer, Network, Norm, Product, decode_program
+from .program import Network, decode_program
 from .routes import attention, linear
 from .runtime import instruction_set
 
@@ -16,15 +16,12 @@ API_LEVEL = 1
 
 __all__ = [
     "API_LEVEL",
-    "Layer",
     "Network",
-    "Norm",
-    "Product",
     "attention",
-    "copy_to_huge_pages",
     "decode_program",
     "dequantize",
     "gelu",
     "instruction_set",
     "linear",
+    "move_to_huge_pages",
 ]

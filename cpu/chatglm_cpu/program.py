@@ -53,6 +53,7 @@ from .runtime import (
 )
 from .steps import attention_scratch
 
+LAYER_VALUES = 23  # of a layer's description: its factor, two norms, four products
 STEPS, ATTENTION = 8, 2  # kernels of a layer, behind the norm that comes before the first; attention's place there
 
 _programs: weakref.WeakKeyDictionary[object, Programs] = weakref.WeakKeyDictionary()
@@ -91,12 +92,26 @@ class Layer(NamedTuple):
     up: Product
     down: Product
 
+    @classmethod
+    def of(cls, factor: float, *rest) -> Layer:
+        """From one row of a description."""
+        before = (Norm(*rest[:3]), Product(*rest[3:7]), Product(*rest[7:11]))
+        return cls(factor, *before, Norm(*rest[11:14]), Product(*rest[14:18]), Product(*rest[18:22]))
+
 
 class Network(NamedTuple):
+    """A description, which is made and read at each step: therefore without further objects.
+
+    values: for each layer the LAYER_VALUES fields of Layer and its parts, one behind the other; then the final Norm's.
+    """
+
     heads: int
     head_size: int
-    layers: list[Layer]
-    final_norm: Norm
+    values: list[Tensor | float | int | None]
+
+    def parts(self) -> tuple[list[Layer], Norm]:
+        rows = range(0, len(self.values) - 3, LAYER_VALUES)
+        return [Layer.of(*self.values[row : row + LAYER_VALUES]) for row in rows], Norm(*self.values[-3:])
 
 
 def decode_program(
@@ -112,10 +127,11 @@ def decode_program(
     """
     if not instruction_set():
         return None
-    held = hold(network)
+    held = hold(network.values)
     if held is None:
         return None
-    aliases, state = held
+    values, state = held
+    state += network[:2]
     purpose = Purpose(sequences, dtype, position_rows, torch.get_num_threads())
     with _lock:
         programs = _programs.setdefault(owner, Programs(threading.Lock(), {}))
@@ -123,8 +139,8 @@ def decode_program(
         program = programs.by_purpose.get(purpose)
         if program is None or program.state != state:
             with torch.inference_mode(False):  # its buffers outlive the mode of their first use
-                program = programs.by_purpose[purpose] = Program(with_tensors(network, aliases), purpose, state)
-    return Step(program, network, aliases) if program.is_complete else None
+                program = programs.by_purpose[purpose] = Program(network._replace(values=values), purpose, state)
+    return Step(program, network._replace(values=values)) if program.is_complete else None
 
 
 class Step(NamedTuple):
@@ -132,7 +148,6 @@ class Step(NamedTuple):
 
     program: Program
     network: Network
-    aliases: list[Tensor]
 
     def run(self, hidden: Tensor, cos: Tensor, sin: Tensor, states: list[tuple[Tensor, Tensor]]) -> Tensor:
         """hidden [B, width], cos and sin of each row's angles [B, head_size / 2], and for each layer the keys and the
@@ -143,50 +158,30 @@ class Step(NamedTuple):
         Raises:
             ValueError: keys or values of another kind, which would be read beyond their end.
         """
-        heads, size, layers, _ = self.network
+        heads, size, values = self.network
+        layers = len(values) // LAYER_VALUES
         expected = (len(hidden), heads, states[0][0].shape[2], size)
-        if len(states) != len(layers) or any(
+        if len(states) != layers or any(
             x.shape != expected or x.stride()[2:] != (size, 1) or x.dtype != hidden.dtype for kv in states for x in kv
         ):
-            raise ValueError(
-                f"keys and values of {len(layers)} layers have to be {expected} each, tokens side by side"
-            )
+            raise ValueError(f"keys and values of {layers} layers have to be {expected} each, tokens side by side")
         return self.program.run(hidden, cos, sin, states)
 
 
-def hold(network: Network) -> tuple[list[Tensor], list] | None:
-    """The memory of the described tensors under names of its own, and all that a program depends on as values; None
-    for tensors of another kind. Asked for at each step, so it takes no detours."""
-    aliases, state = [], [network.heads, network.head_size]
-    for part in parts_of(network):
-        for value in part:
-            if not isinstance(value, Tensor):
-                state.append(value)
-                continue
-            if type(value) not in (Tensor, nn.Parameter) or not value.is_cpu:
-                return None
+def hold(values: list) -> tuple[list, list] | None:
+    """The same values with the tensors' memory under names of its own, and all that a program depends on; None for
+    tensors of another kind. Asked for at each step, so it takes no detours."""
+    held, state = [], []
+    for value in values:
+        if type(value) in (Tensor, nn.Parameter) and value.is_cpu:
             value = value.data
-            aliases.append(value)
             state += (value.data_ptr(), value.dtype, value.shape, value.stride())
-    return aliases, state
-
-
-def parts_of(network: Network) -> Iterator[tuple]:
-    for layer in network.layers:
-        yield layer[:1]
-        yield from layer[1:]
-    yield network.final_norm
-
-
-def with_tensors(network: Network, tensors: list[Tensor]) -> Network:
-    """The same description with other names for its tensors, in the order of parts_of."""
-    following = iter(tensors)
-
-    def renamed(part):
-        return type(part)(*(next(following) if isinstance(value, Tensor) else value for value in part))
-
-    layers = [Layer(layer.factor, *(renamed(part) for part in layer[1:])) for layer in network.layers]
-    return network._replace(layers=layers, final_norm=renamed(network.final_norm))
+        elif isinstance(value, Tensor):
+            return None
+        else:
+            state.append(value)
+        held.append(value)
+    return held, state
 
 
 # ---------------------------------------------------------------------------------------------- the program
@@ -247,7 +242,7 @@ class Program:
     def _kernels(self, network: Network) -> Iterator[Kernel]:
         """Makes the buffers; yields the norm before the first layer, then the STEPS of each."""
         sequences, dtype, position_rows, _ = self.purpose
-        heads, size, layers, final_norm = network
+        size, (layers, final_norm) = network.head_size, network.parts()
         width, inner = final_norm.weight.shape[0], layers[0].up.weight.shape[0]
         self.hidden, self.normed, self.context = (empty(sequences, width, dtype=dtype) for _ in range(3))
         self.inner = empty(sequences, inner, dtype=dtype)
@@ -319,11 +314,11 @@ class Program:
 
 def is_served_network(network: Network, purpose: Purpose) -> bool:
     """Whether types and shapes are those of kernels."""
-    heads, size, layers, final_norm = network
+    heads, size, (layers, final_norm) = *network[:2], network.parts()
     if purpose.dtype not in IR_TYPES or purpose.sequences > GEMV_ROWS or not layers:
         return False
-    width, inner = final_norm.weight.numel(), layers[0].up.weight.shape[0]
-    if size % 32 or size > LARGEST_HEAD or heads * size != width or size % (4 * purpose.position_rows):
+    width, inner = heads * size, layers[0].up.weight.shape[0]
+    if size % 32 or size > LARGEST_HEAD or size % (4 * purpose.position_rows):
         return False
     for layer in layers:
         products = ((layer.query_key_value, 3 * width, width), (layer.dense, width, width))

@@ -67,7 +67,9 @@ def test_a_step_from_tensors_alone_equals_float64_and_keeps_their_memory():
         *(2.0, norm(), product(3 * width, width), product(width, width), norm()),
         *(product(inner, width), product(width, inner)),
     )
-    network = program.Network(heads, size, [layer], norm())
+    final_norm = norm()
+    values = [layer.factor, *(value for part in layer[1:] for value in part), *final_norm]
+    network = program.Network(heads, size, values)
     hidden, states = random(1, width).half(), [tuple(random(2, 1, heads, tokens, size).half())]
     angles = random(1, 2, size // 4)
     cos, sin = angles.cos().half().flatten(1), angles.sin().half().flatten(1)
@@ -94,7 +96,7 @@ def test_a_step_from_tensors_alone_equals_float64_and_keeps_their_memory():
     weights = (rotated(query)[:, None] @ keys.mT / size**0.5).softmax(-1)
     b = normed(layer.norm_after, 2 * a + linear(layer.dense, (weights @ values).view(1, width)))
     up = torch.nn.functional.gelu(linear(layer.up, b), approximate="tanh")
-    exact = normed(network.final_norm, 2 * b + linear(layer.down, up))
+    exact = normed(final_norm, 2 * b + linear(layer.down, up))
     # A norm divides by the deviation of what is about 2 a; some twenty roundings of 2**-11 stand between.
     assert ((y.double() - exact).abs() <= 20 * 2.0**-11 * exact.abs().amax()).all() and exact.abs().max() > 1
     with pytest.raises(ValueError, match="keys and values of 1 layers"):
