@@ -51,6 +51,7 @@ from .quantization import (
     dequantize_model,
     head_group_size,
     quantize_model,
+    refuse_other_format,
     tied_head_keys,
 )
 
@@ -252,20 +253,19 @@ class SelfAttention(nn.Module):
             context, weights = chosen(self, query, key, value, mask, dropout=0.0, scaling=scale, is_causal=False)
         elif output_attentions or getattr(self.config, "_attn_implementation", None) == "eager":
             context, weights = eager_attention(query, key, value, visible)
-            context = context.transpose(1, 2)
         else:
             context, weights = attention(query, key, value, visible).transpose(1, 2), None
         return linear(self.dense, context.reshape(B, S, -1)), weights
 
 
 def eager_attention(query: Tensor, key: Tensor, value: Tensor, visible: Optional[Tensor]) -> tuple[Tensor, Tensor]:
-    """query [B, H, S, D], key and value [B, H, K, D] -> context [B, H, S, D] and weights [B, H, S, K]."""
+    """query [B, H, S, D], key and value [B, H, K, D] -> context [B, S, H, D] and weights [B, H, S, K]."""
     wide = torch.promote_types(query.dtype, torch.float32)  # float16 products may overflow
     scores = query.to(wide) / query.shape[-1] ** 0.5 @ key.to(wide).transpose(2, 3)
     if visible is not None:
         scores = scores.masked_fill(~visible, float("-inf"))
     weights = scores.softmax(dim=-1).to(query.dtype)
-    return weights @ value, weights
+    return (weights @ value).transpose(1, 2), weights
 
 
 class MLP(nn.Module):
@@ -370,12 +370,27 @@ class ChatGLMPreTrainedModel(VersionedModel):
     def from_pretrained(cls, path, *args, **kwargs):
         """As in transformers (compat.py says where not); refuses weights that are not what they are loaded as."""
         if not kwargs.get("state_dict"):
-            folder = os.path.join(path, kwargs.get("subfolder") or "") if isinstance(path, (str, os.PathLike)) else ""
+            folder = os.path.join(path, kwargs.get("subfolder") or "")
             if os.path.isdir(folder):
                 check_weight_files(folder, GET_WEIGHTS)
-            refuse_other_format(path, stored_config(path, kwargs), kwargs)
+            cls._judge_format(path, kwargs)
         warn_of_other_code(path)
         return super().from_pretrained(path, *args, **kwargs)
+
+    @classmethod
+    def _judge_format(cls, path, arguments: dict[str, Any]) -> None:
+        """ValueError where the config.json at `path` says of the weights what they are not to be loaded as."""
+        names = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+        where = {name: arguments[name] for name in (*names, "use_auth_token") if name in arguments}
+        try:
+            stored = ChatGLMConfig.get_config_dict(path, **where)[0]
+        except OSError:  # there is none
+            return
+        if "model_type" in stored:
+            asked = arguments.get("config") or ChatGLMConfig.from_dict(dict(stored), **arguments)
+            if isinstance(asked, (str, os.PathLike)):
+                asked = ChatGLMConfig.from_pretrained(asked)
+            refuse_other_format(path, ChatGLMConfig.from_dict(dict(stored)), asked)
 
     def freeze(self) -> None:
         for module in self.modules():
@@ -432,37 +447,6 @@ class ChatGLMPreTrainedModel(VersionedModel):
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
-
-
-def stored_config(path, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The config.json beside the weights; empty where there is none."""
-    of_hub = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-    where = {name: arguments[name] for name in (*of_hub, "use_auth_token") if name in arguments}
-    commit = getattr(arguments.get("config"), "_commit_hash", None)
-    try:
-        return ChatGLMConfig.get_config_dict(path, _commit_hash=commit, **where)[0]
-    except OSError:
-        return {}
-
-
-def refuse_other_format(path, stored: dict[str, Any], arguments: dict[str, Any]) -> None:
-    """A checkpoint's weights are quantized as its own config.json says, whatever from_pretrained is asked for."""
-    config, names = arguments.get("config"), ("quantization_bit", "quantization_group_size", "quantize_head")
-    if "model_type" not in stored:  # nothing is known
-        return
-    if isinstance(config, (str, os.PathLike)):
-        config = ChatGLMConfig.from_pretrained(config)
-    present = [stored.get(name) or 0 for name in names]
-    if config is None:
-        asked = [arguments.get(name, own) for name, own in zip(names, present)]
-    else:
-        asked = [getattr(config, name, 0) for name in names]
-    for formats in (present, asked):
-        formats[2] = 8 if formats[2] is True else int(formats[2])  # one name for the same head
-    if present != asked:
-        held, wanted = (", ".join(f"{n}={v}" for n, v in zip(names, values)) for values in (present, asked))
-        cure = "load it as it is" if present[0] else "load it without these and call model.quantize(...)"
-        raise ValueError(f"{path} holds weights with {held}, and was to be loaded with {wanted}: {cure}")
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel):
@@ -672,12 +656,6 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         self.post_init()
         self.freeze()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.transformer.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.transformer.word_embeddings = value
-
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
@@ -767,20 +745,25 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
             ValueError: they are not what the model derives from the prompt with that mask.
         """
         mask, positions = options.get("attention_mask"), options.pop("position_ids", None)
-        given: dict[str, Optional[Tensor]] = {"position_ids": None, "attention_mask": None}
-        if positions is not None and positions.dim() >= (3 if self.config.position_encoding_2d else 2):
-            given["position_ids"] = self.transformer.checked_positions(positions, prompt.shape[1])
-        if mask is not None and mask.dim() == 4:
-            given["attention_mask"] = mask
-            options["attention_mask"] = mask = (~mask.bool().all(dim=2))[:, 0].long().expand(len(prompt), -1)
-        if all(value is None for value in given.values()):  # positions [B, S] are transformers' own, for an assistant
+        if positions is not None and positions.dim() == 2 and self.position_encoding_2d:
+            positions = None  # made by transformers, for an assistant
+        official = mask if mask is not None and mask.dim() == 4 else None
+        if official is not None:
+            options["attention_mask"] = mask = (~official.bool().all(dim=2))[:, 0].long().expand(len(prompt), -1)
+        if official is None and positions is None:
             return
-        real = torch.ones_like(prompt[:, :, 0] if prompt.dim() == 3 else prompt) if mask is None else mask
-        derived = self.transformer.place(prompt, None, mask, None, 0)
-        for (name, value), ours, row in zip(given.items(), derived, (real[:, None], real[:, None, :, None])):
-            if value is not None and bool(((value != ours) & row.bool()).any()):
+        derived_positions, derived_mask = self.transformer.place(prompt, None, mask, None, 0)
+        real = torch.ones(prompt.shape[:2], device=prompt.device).bool() if mask is None else mask.bool()
+        judged = []
+        if official is not None:
+            judged.append(("attention_mask", official, (official.bool() != derived_mask)[real[:, None]]))
+        if positions is not None:
+            positions = self.transformer.checked_positions(positions, prompt.shape[1])
+            judged.append(("position_ids", positions, (positions != derived_positions) & real[:, None]))
+        for name, given, differs in judged:
+            if differs.any():
                 raise ValueError(
-                    f"{name} of shape {tuple(value.shape)} is not what the model derives from this prompt, so it "
+                    f"{name} of shape {tuple(given.shape)} is not what the model derives from this prompt, so it "
                     "cannot be continued for new tokens: give generate() a 2-D mask [batch, length] with 0 for hidden "
                     "tokens, as the tokenizer returns it, and no position_ids"
                 )
@@ -847,18 +830,8 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
     # --- weights -------------------------------------------------------------------------------------------------
 
     def to_huge_pages(self) -> "ChatGLMForConditionalGeneration":
-        """Copies the weights on the CPU from the mapped files to huge pages of the process, where Linux has them.
-
-        Decoding reads them faster there (README.md, "Speed on a CPU"). It takes seconds for some GB, and memory that
-        the system cannot take back, unlike that of a mapped file. The parameters are new ones, so make an optimizer
-        afterwards. Needs chatglm_cpu; without it one line says so.
-
-        Returns:
-            the model itself.
-
-        Raises:
-            RuntimeError, OSError: not enough memory; the model stays usable.
-        """
+        """Copies the weights on the CPU from the mapped files to huge pages of the process, where decoding reads them
+        faster; takes seconds for some GB. The parameters are new ones, so make an optimizer afterwards."""
         move_to_huge_pages(self)
         return self
 

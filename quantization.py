@@ -348,3 +348,15 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     if found:
         model._tied_weights_keys = type(model)._tied_weights_keys
     return model
+
+
+def refuse_other_format(path, held, asked) -> None:
+    """Weights are as the configuration beside them says, `held`, whatever from_pretrained is asked for."""
+
+    def text(config) -> str:
+        sizes = f"quantization_bit={config.quantization_bit}, quantization_group_size={config.quantization_group_size}"
+        return f"{sizes}, quantize_head={config.head_bits}"
+
+    if text(held) != text(asked):
+        cure = "load it as it is" if held.quantization_bit else "load it without these and call model.quantize(...)"
+        raise ValueError(f"{path} holds weights with {text(held)}, and was to be loaded with {text(asked)}: {cure}")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from chatglm_slim.chat import Answer, Rounds, process_response, without_oldest_rounds
+from chatglm_slim.chat import Answer, process_response, prompt_within, without_oldest_rounds
 from chatglm_slim.tokenization_chatglm import ChatGLMTokenizer
 from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -353,7 +353,7 @@ def test_answer_room_drops_no_more_rounds_than_it_must_and_encodes_few_times(tok
             encoded.append(len(history))
             return tokenizer.build_chat_input_ids(query, history)
 
-    ids = Rounds(Counting(), "你好", history, 100).prompt_within(400)
+    ids = prompt_within(Counting(), "你好", history, 400, 100)
     assert len(encoded) <= 13  # 1, and 1 + log2(2000) halvings
     kept = next(n for n in range(2000, -1, -1) if tokenizer.build_chat_input_ids("你好", history[n:]) == ids)
     assert len(ids) <= 300 < len(tokenizer.build_chat_input_ids("你好", history[kept - 1 :]))

@@ -514,7 +514,6 @@ PRIVATE = {
     "_no_split_modules": lambda: hasattr(transformers.PreTrainedModel, "_no_split_modules"),
     "_set_gradient_checkpointing": lambda: "_set_gradient_checkpointing" in source_of(transformers.PreTrainedModel),
     "_tied_weights_keys or tie_weights": lambda: hasattr(transformers.PreTrainedModel, "tie_weights"),
-    "get_config_dict(_commit_hash=)": lambda: "_commit_hash" in source_of(transformers.PretrainedConfig),
     "_reorder_cache": lambda: hasattr(cache_utils(), "Cache") or "_reorder_cache" in source_of(generation_mixin()),
     "DynamicLayer's keys, values, dtype, device, is_initialized": lambda: (
         not hasattr(cache_utils(), "DynamicLayer")

@@ -7,7 +7,7 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -26,95 +26,77 @@ def process_response(response: str) -> str:
     Chinese characters."""
     response = response.strip().replace(DATE_PLACEHOLDER, "2023年")
     for half, full in FULL_WIDTH.items():
-        response = re.sub(rf"(?<=[{CHINESE}]){re.escape(half)}", full, response)
-        response = re.sub(rf"{re.escape(half)}(?=[{CHINESE}])", full, response)
+        response = re.sub(rf"(?<=[{CHINESE}]){re.escape(half)}|{re.escape(half)}(?=[{CHINESE}])", full, response)
     return response
+
+
+def held_back(text: str, words: list[str]) -> str:
+    """`text` without an end that may yet become one of the words."""
+    beginnings = [word[:length] for word in words for length in range(1, len(word))]
+    return text[: len(text) - max((len(start) for start in beginnings if text.endswith(start)), default=0)]
 
 
 def settled(response: str) -> str:
     """The part of an unfinished answer that the clean-up leaves as it is, whatever text follows."""
-    for length in range(len(DATE_PLACEHOLDER) - 1, 0, -1):
-        if response.endswith(DATE_PLACEHOLDER[:length]):
-            response = response[:-length]
-            break
-    return response.rstrip("".join(FULL_WIDTH))
+    return held_back(response, [DATE_PLACEHOLDER]).rstrip("".join(FULL_WIDTH))
 
 
-def whole_number(name: str, value) -> Optional[int]:
-    if value is None or (isinstance(value, float) and value.is_integer()):
-        return None if value is None else int(value)
+def whole_number(name: str, value) -> int:
     try:
-        return operator.index(value)
+        return operator.index(int(value) if isinstance(value, float) and value.is_integer() else value)
     except TypeError:
         raise ValueError(f"{name} = {value!r} ({type(value).__name__}): give a whole number") from None
 
 
-# --- history and prompt ----------------------------------------------------------------------------------------------
-
-
-def is_messages(history: Optional[list]) -> bool:
-    return bool(history) and isinstance(history[0], dict)
+# --- history and prompt: (question, answer) pairs, or messages with role and content ---------------------------------
 
 
 def with_round(history: Optional[list], query: str, response: str) -> list:
     """A new history with one more round, in the form of the old one."""
-    if is_messages(history):
+    if history and isinstance(history[0], dict):
         return [*history, {"role": "user", "content": query}, {"role": "assistant", "content": response}]
     return [*(history or []), (query, response)]
 
 
-def count_rounds(history: Optional[list]) -> int:
-    return sum(not is_messages(history) or message.get("role") == "user" for message in history or [])
+def starts_of_rounds(history: Optional[list]) -> list[int]:
+    return [n for n, turn in enumerate(history or []) if not isinstance(turn, dict) or turn.get("role") == "user"]
 
 
 def without_oldest_rounds(history: Optional[list], count: int) -> list:
-    """`history` without its first `count` questions and their answers; system messages stay."""
-    if not is_messages(history) or not count:
-        return list(history or [])[count:]
-    system = [message for message in history if message.get("role") == "system"]
-    others = [message for message in history if message.get("role") != "system"]
-    starts = [index for index, message in enumerate(others) if message.get("role") == "user"]
-    return system + (others[starts[count] :] if count < len(starts) else [])
+    """`history` without its first `count` questions and their answers; a system message stays."""
+    history, starts = list(history or []), starts_of_rounds(history)
+    return [*history[: starts[0]], *history[[*starts, len(history)][count] :]] if count else history
 
 
-class Rounds(NamedTuple):
-    """A query with what was said before it."""
+def prompt_within(
+    tokenizer, query: str, history: Optional[list], max_length: Optional[int], answer_room: Optional[int]
+) -> list[int]:
+    """The ids of the prompt; without as many of the oldest rounds as it takes to keep `answer_room` tokens free.
 
-    tokenizer: Any
-    query: str
-    history: Optional[list]
-    answer_room: Optional[int]  # tokens to keep free for the answer by leaving out the oldest rounds
+    Raises:
+        ValueError: `max_length` leaves no room for an answer.
+    """
 
-    def prompt_within(self, max_length: Optional[int]) -> list[int]:
-        """The ids of the prompt; ValueError where `max_length` leaves no room for an answer."""
-        ids = self._ids_without(0)
-        if max_length is None:
-            return ids
-        if self.answer_room is not None and len(ids) + self.answer_room > max_length:
-            ids = self._longest_within(ids, max_length - self.answer_room)
-        if len(ids) < max_length:
-            return ids
-        raise ValueError(
-            f"the prompt has {len(ids)} tokens and max_length is {max_length}: no room is left for an answer; "
-            "raise max_length, shorten the history (answer_room=256 leaves out its oldest rounds) or the query"
-        )
+    def without(rounds: int) -> list[int]:
+        return tokenizer.build_chat_input_ids(query, without_oldest_rounds(history, rounds))
 
-    def _ids_without(self, rounds: int) -> list[int]:
-        return self.tokenizer.build_chat_input_ids(self.query, without_oldest_rounds(self.history, rounds))
-
-    def _longest_within(self, ids: list[int], limit: int) -> list[int]:
-        """The ids with as many of the latest rounds as fit, by bisection: encoding a long history takes its time."""
-        too_few, enough = 0, count_rounds(self.history)  # rounds to leave out; more than all of them can't be
-        if enough:
-            ids = self._ids_without(enough)
-        while enough - too_few > 1:
+    ids = without(0)
+    if None not in (max_length, answer_room) and len(ids) + answer_room > max_length:
+        too_few, enough = 0, len(starts_of_rounds(history))
+        ids = without(enough)
+        while enough - too_few > 1:  # by bisection: encoding a long history takes its time
             middle = (too_few + enough) // 2
-            shorter = self._ids_without(middle)
-            if len(shorter) > limit:
+            shorter = without(middle)
+            if len(shorter) + answer_room > max_length:
                 too_few = middle
             else:
                 enough, ids = middle, shorter
+    if max_length is None or len(ids) < max_length:
         return ids
+    raise ValueError(
+        f"the prompt has {len(ids)} tokens and max_length is {max_length}: no room is left for an answer; "
+        "raise max_length, shorten the history (answer_room=256 leaves out its oldest rounds) or the query"
+    )
 
 
 # --- the answer ------------------------------------------------------------------------------------------------------
@@ -156,13 +138,7 @@ class Answer(StoppingCriteria):
 
     def text(self, ids: Tensor, finished: bool) -> str:
         text, stopped = self.ended(ids, finished)
-        return text if finished or stopped or not self.stop else self.shown(settled(text))
-
-    def shown(self, text: str) -> str:
-        """Unfinished text without an end that may yet become a stop string."""
-        beginnings = [word[:length] for word in self.stop for length in range(1, len(word))]
-        held_back = max((len(start) for start in beginnings if text.endswith(start)), default=0)
-        return text[: len(text) - held_back]
+        return text if finished or stopped or not self.stop else held_back(settled(text), self.stop)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> bool:
         """Beams end when all of them have come to the same answer: then it doesn't matter which of them wins."""
@@ -265,9 +241,9 @@ class ChatMixin:
         Raises:
             ValueError: no room under max_length; scores that are not finite; a length that is no whole number.
         """
-        kwargs.update(do_sample=do_sample, top_p=top_p, temperature=temperature, num_beams=num_beams)
-        rounds = Rounds(tokenizer, query, history, whole_number("answer_room", answer_room))
-        answer, arguments = self._chat_arguments(rounds, max_length, logits_processor, stop, kwargs)
+        kwargs.update(max_length=max_length, logits_processor=logits_processor, num_beams=num_beams)
+        kwargs.update(do_sample=do_sample, top_p=top_p, temperature=temperature)
+        answer, arguments = self._begin(tokenizer, query, history, stop, answer_room, kwargs)
         output = self.generate(**arguments)
         response = answer.text((output if torch.is_tensor(output) else output.sequences)[0], finished=True)
         return response, with_round(history, query, response)
@@ -290,9 +266,9 @@ class ChatMixin:
 
         Closing the generator (or leaving its loop) ends the generation.
         """
+        kwargs.update(max_length=max_length, logits_processor=logits_processor)
         kwargs.update(do_sample=do_sample, top_p=top_p, temperature=temperature)
-        rounds = Rounds(tokenizer, query, history, whole_number("answer_room", answer_room))
-        answer, arguments = self._chat_arguments(rounds, max_length, logits_processor, stop, kwargs)
+        answer, arguments = self._begin(tokenizer, query, history, stop, answer_room, kwargs)
         shown, ids = None, arguments["input_ids"]
         for ids in self.stream_generate(**arguments):
             shown = answer.text(ids[0], finished=False)
@@ -315,15 +291,17 @@ class ChatMixin:
         The generation runs in a thread of its own, which ends when this generator does. Autocast, inference mode,
         context variables and CUDA's current device and stream are there what they are here at the first step.
         """
-        if (whole_number("num_beams", kwargs.get("num_beams")) or 1) > 1:
+        if whole_number("num_beams", kwargs.get("num_beams") or 1) > 1:
             raise ValueError(f"num_beams = {kwargs['num_beams']}: beams cannot be streamed; use chat() or generate()")
         tap = TokenTap()
-        kwargs.update(generation_config=generation_config, prefix_allowed_tokens_fn=prefix_allowed_tokens_fn)
+        given = {"generation_config": generation_config, "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn}
+        kwargs.update(
+            {name: value for name, value in given.items() if value is not None}
+        )  # 4.23 doesn't know the first
         kwargs.update(input_ids=input_ids, logits_processor=logits_processor)
-        arguments = {name: value for name, value in kwargs.items() if value is not None}
-        arguments["stopping_criteria"] = StoppingCriteriaList([*(stopping_criteria or []), tap])
+        kwargs["stopping_criteria"] = StoppingCriteriaList([*(stopping_criteria or []), tap])
         run, context = contextvars.copy_context().run, state_of_thread(self.device)
-        thread = threading.Thread(target=run, args=(tap.run, context, self.generate, arguments), daemon=True)
+        thread = threading.Thread(target=run, args=(tap.run, context, self.generate, kwargs), daemon=True)
         thread.start()
         try:
             yield from tap
@@ -332,25 +310,24 @@ class ChatMixin:
             if thread is not threading.current_thread():  # the garbage collector may come by there
                 thread.join()
 
-    def _chat_arguments(self, rounds: Rounds, max_length, logits_processor, stop, options: dict[str, Any]):
+    def _begin(self, tokenizer, query: str, history, stop, answer_room, options: dict[str, Any]):
         """How to read the answer, and the arguments of `generate`, for one round of chat."""
-        for name in ("max_new_tokens", "num_beams"):
+        for name in ("max_length", "max_new_tokens", "num_beams"):
             if options.get(name) is not None:
                 options[name] = whole_number(name, options[name])
-        max_length = whole_number("max_length", max_length) if options.get("max_new_tokens") is None else None
-        trimmed = self.config.max_sequence_length if rounds.answer_room is not None else None
-        prompt = torch.tensor([rounds.prompt_within(trimmed if max_length is None else max_length)])
-        if max_length is not None:
-            options["max_length"] = max_length
-        if not options["do_sample"]:  # generate would warn that they have no effect
-            options = {name: value for name, value in options.items() if name not in ("top_p", "temperature", "top_k")}
-        else:
+        if options["max_length"] is None or options.get("max_new_tokens") is not None:
+            del options["max_length"]
+        room = None if answer_room is None else whole_number("answer_room", answer_room)
+        limit = options.get("max_length", None if room is None else self.config.max_sequence_length)
+        prompt = torch.tensor([prompt_within(tokenizer, query, history, limit, room)], device=self.device)
+        if options["do_sample"]:
             settings = options.get("generation_config") or generation_settings(self)
             own = getattr(settings, "top_k", None)
             options.setdefault("top_k", 50 if own is None else own)  # as in the transformers that the original ran on
-        answer = Answer(rounds.tokenizer, prompt.shape[1], self.process_response, stop, options.get("num_beams") or 1)
-        options["input_ids"] = prompt.to(self.device)
-        options["attention_mask"] = torch.ones_like(options["input_ids"])
-        options["logits_processor"] = LogitsProcessorList([*(logits_processor or []), FiniteScores()])
+        else:  # generate would warn that they have no effect
+            options = {name: value for name, value in options.items() if name not in ("top_p", "temperature", "top_k")}
+        answer = Answer(tokenizer, prompt.shape[1], self.process_response, stop, options.get("num_beams") or 1)
+        options.update(input_ids=prompt, attention_mask=torch.ones_like(prompt))
+        options["logits_processor"] = LogitsProcessorList([*(options["logits_processor"] or []), FiniteScores()])
         options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or []), answer])
         return answer, options
