@@ -242,13 +242,12 @@ def fixed_length(cache) -> Optional[int]:
 
 
 def chosen_attention(config):
-    """The function that somebody registered with transformers' AttentionInterface under the name that the model is set
-    to; None where it is a built-in one."""
-    name = getattr(config, "_attn_implementation", None)
-    if name in (None, "eager") or name not in ALL_ATTENTION_FUNCTIONS:
-        return None
-    function = ALL_ATTENTION_FUNCTIONS[name]
-    return None if name == "sdpa" and getattr(function, "__module__", "").startswith("transformers.") else function
+    """The name of a built-in attention, or the function that somebody registered with transformers' AttentionInterface
+    (4.48) under the name that the model is set to (4.36)."""
+    name = getattr(config, "_attn_implementation", None) or "sdpa"
+    function = ALL_ATTENTION_FUNCTIONS[name] if name != "eager" and name in ALL_ATTENTION_FUNCTIONS else None
+    of_library = name == "sdpa" and getattr(function, "__module__", "").startswith("transformers.")
+    return name if function is None or of_library else function
 
 
 def chosen_mask(config, visible: Optional[Tensor], dtype: torch.dtype) -> Optional[Tensor]:

@@ -247,11 +247,11 @@ class SelfAttention(nn.Module):
         query, key = rotate(fused[..., :2, :], *rotary).transpose(1, 2).unbind(-2)  # [B, H, S, D] each
         value = fused[..., 2, :].transpose(1, 2)
         key, value = past.extend(key, value, self.layer_idx)
-        chosen = None if output_attentions else chosen_attention(self.config)
-        if chosen is not None:
+        chosen = "eager" if output_attentions else chosen_attention(self.config)
+        if callable(chosen):
             mask, scale = chosen_mask(self.config, visible, query.dtype), self.head_size**-0.5
             context, weights = chosen(self, query, key, value, mask, dropout=0.0, scaling=scale, is_causal=False)
-        elif output_attentions or getattr(self.config, "_attn_implementation", None) == "eager":
+        elif chosen == "eager":
             context, weights = eager_attention(query, key, value, visible)
         else:
             context, weights = attention(query, key, value, visible).transpose(1, 2), None
@@ -550,8 +550,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         """What `_run_blocks` computes for one new token that reads all keys, by CPU kernels where they serve."""
         if hidden.shape[1] != 1 or visible is not None or not seen or hidden.device.type != "cpu" or is_tracing():
             return None
-        built_in = getattr(self.config, "_attn_implementation", None) in (None, "sdpa")
-        if not built_in or chosen_attention(self.config) is not None or network_functions() != NETWORK:
+        if chosen_attention(self.config) != "sdpa" or network_functions() != NETWORK:
             return None
         kinds = (GLMBlock, SelfAttention, MLP, QuantizedLinear)
         return decode_step(self.layers, self.final_layernorm, hidden, rotary, cache, kinds)
