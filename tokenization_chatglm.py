@@ -168,9 +168,14 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         self.do_lower_case, self.remove_space = do_lower_case, remove_space
         self.split_special_tokens = bool(kwargs.get("split_special_tokens", False))  # below 4.34, nobody else does
         # 5.x would parse them in text and hide them in answers, as the original does not; it gathers them in a dict
-        for settings in filter(lambda value: isinstance(value, dict), (kwargs, *kwargs.values())):
-            for name in OWN_NAMES:
-                settings.pop(name, None)
+        for group, value in kwargs.items():
+            if isinstance(value, dict):
+                kwargs[group] = {name: token for name, token in value.items() if name not in OWN_NAMES}
+        for name in OWN_NAMES:
+            kwargs.pop(name, None)
+        # 5.x writes the user's own special tokens as a list, under a name that means a dict to 4.x
+        if isinstance(kwargs.get("extra_special_tokens"), (list, tuple)):
+            kwargs["additional_special_tokens"] = list(kwargs.pop("extra_special_tokens"))
         # tokenizer_config.json of the first release says </s>, but the model has always ended answers with <eop>
         eos_token = "<eop>" if str(eos_token) == str(end_token) else eos_token
         tokens = {"bos": bos_token, "eos": eos_token, "unk": unk_token, "pad": pad_token, "mask": mask_token}

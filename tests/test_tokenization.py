@@ -340,6 +340,14 @@ def test_plain_encoding_still_parses_control_tokens_as_the_original_does(tiny):
     assert tiny.mask_token_id not in spelled
 
 
+def test_a_special_token_of_the_users_own_loads_by_either_name(load, tiny_sp_model):
+    """transformers 5 writes the names of such tokens as `extra_special_tokens`, which means something else to 4.x."""
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        tokenizer = load(tiny_sp_model, **{name: ["<mine>"]})
+        (own,) = tokenizer("<mine>", add_special_tokens=False)["input_ids"]
+        assert own >= tokenizer.vocab_size and tokenizer.decode([own], skip_special_tokens=True) == ""
+
+
 def test_a_tokenizer_may_be_set_to_spell_control_tokens_out(load, tiny_sp_model, tiny, tmp_path):
     tokenizer = load(tiny_sp_model, split_special_tokens=True)
     tokenizer.save_pretrained(str(tmp_path))
