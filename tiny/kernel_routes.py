@@ -40,17 +40,15 @@ def engine():
     """The module chatglm_cpu, or None where it is missing, too old, or does not start (both said in one line)."""
     try:
         import chatglm_cpu
+
+        if chatglm_cpu.API_LEVEL >= API_LEVEL:
+            return chatglm_cpu
+        reason = f"has API level {chatglm_cpu.API_LEVEL}, this code asks for {API_LEVEL}"
     except Exception as error:  # a broken installation breaks no model
-        if not isinstance(error, ImportError) or error.name != "chatglm_cpu":
-            warn_once(f"chatglm_cpu does not start ({error!r}), PyTorch computes several times slower: {INSTALL} anew")
-        return None
-    level = getattr(chatglm_cpu, "API_LEVEL", 0)
-    if level >= API_LEVEL:
-        return chatglm_cpu
-    warn_once(
-        f"chatglm_cpu has API level {level}, this code asks for {API_LEVEL}: PyTorch computes several times slower; "
-        f"{INSTALL} anew"
-    )
+        if isinstance(error, ImportError) and error.name == "chatglm_cpu":
+            return None
+        reason = f"does not start ({error!r})"
+    warn_once(f"chatglm_cpu {reason}, so PyTorch computes, several times slower: {INSTALL} anew")
     return None
 
 
@@ -78,10 +76,9 @@ def is_of_torch(function) -> bool:
 
 
 TORCH = tuple(function if is_of_torch(function) else None for function in torch_functions())
+_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 # A name that disappears counts as a hook: then plain PyTorch serves, and a test fails.
-GLOBAL_HOOKS = [
-    getattr(modules_of_torch, name, True) for name in ("_global_forward_hooks", "_global_forward_pre_hooks")
-]
+GLOBAL_HOOKS = [getattr(modules_of_torch, name, True) for name in _HOOKS]
 
 
 def is_watched() -> bool:
@@ -130,15 +127,9 @@ def product(
 ) -> Tensor:
     """x [..., in] times the transposed INT8 or INT4 weight, plus bias -> [..., out] in x's dtype.
 
-    Routes, in this order:
-    * CPU, something watched (`is_watched`): plain PyTorch;
-    * CPU: the engine's `linear`, for contiguous weights with 4 n rows and 128 n columns, any number of rows of x;
-    * CPU, SMALLEST weights and more, up to INT8_ROWS rows, INT8 with a scale a row: PyTorch's `_weight_int8pack_mm` in
-      bfloat16; it needs a copy where the weight is not aligned, as in a mapped file;
-    * CPU, SMALLEST weights and more, up to INT4_ROWS rows, INT4: PyTorch's INT4 product in bfloat16, with a copy of
-      the weight in its own order;
-    * CUDA, not under torch.compile: cuda_kernels.linear;
-    * else the weight is dequantized for a matmul.
+    Routes: on a CPU, with nothing watched, the engine's `linear`, for contiguous weights with 4 n rows and 128 n
+    columns, then for SMALLEST weights and more `product_of_torch`; on a GPU, not under torch.compile,
+    cuda_kernels.linear; else the weight is dequantized for a matmul.
 
     copies: where a layer keeps the copy of its weight, as large as the weight; None for no copies.
     """
@@ -195,7 +186,11 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def product_of_torch(x, weight, scale, bits, bias, copies) -> Tensor | None:
-    """As `product` says. Scales of whole rows are applied afterwards, where they are not rounded."""
+    """`product` in bfloat16; scales of whole rows are applied afterwards, where they are not rounded.
+
+    Routes: INT8 with a scale a row, up to INT8_ROWS rows of x, with a copy of a weight that is not aligned, as in a
+    mapped file; INT4, up to INT4_ROWS rows, with a copy of the weight in the order that PyTorch wants; else None.
+    """
     if bits == 8 and len(x) <= INT8_ROWS and scale.dim() == 1 and hasattr(torch, "_weight_int8pack_mm"):
         aligned = weight if weight.data_ptr() % ALIGNMENT == 0 else kept_copy(copies, weight, scale, aligned_copy)
         if aligned is None:
@@ -293,9 +288,8 @@ def decode_step(blocks: nn.ModuleList, final_norm: nn.Module, hidden: Tensor, ro
     hidden: [B, 1, hidden], the embedding; rotary: the tables of its position, of hidden's type; cache: holds all other
     tokens, all of them visible, and gets this one; kinds: the classes of block, attention, MLP, and quantized layer.
     """
-    if type(hidden) is not Tensor or hidden.device.type != "cpu" or torch.is_grad_enabled() or engine() is None:
-        return None
-    if is_watched() or any(GLOBAL_HOOKS) or not isinstance(cache, GrowingCache):
+    on_cpu = type(hidden) is Tensor and hidden.device.type == "cpu" and isinstance(cache, GrowingCache)
+    if not on_cpu or torch.is_grad_enabled() or is_watched() or any(GLOBAL_HOOKS) or engine() is None:
         return None
     network = described(blocks, final_norm, kinds)
     if network is None or network.heads * network.head_size != hidden.shape[2]:

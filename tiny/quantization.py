@@ -327,15 +327,8 @@ def switch_activations(model: nn.Module, int8: bool | None) -> None:
 
 @torch.no_grad()
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Replaces all quantized layers by plain ones with the same numbers, the reverse of quantize_model but for the
-    rounding; in `dtype`, by default that of the scales.
-
-    Returns:
-        the model itself.
-
-    Raises:
-        ValueError: weights are offloaded; the model stays as it was.
-    """
+    """Replaces all quantized layers by plain ones with the same numbers, in `dtype`, by default that of the scales;
+    returns the model itself. ValueError where weights are offloaded; the model stays as it was then."""
     refuse_offloaded(model, "dequantize()")
     config, quantized = model.config, (QuantizedLinear, QuantizedEmbedding)
     found = [(p, n, layer) for p in model.modules() for n, layer in p.named_children() if isinstance(layer, quantized)]
