@@ -1,6 +1,5 @@
 """Folders as users have them: the bare code, a first-release checkpoint, 16-bit files, several devices."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from chatglm_slim.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_slim.tokenization_chatglm import ChatGLMTokenizer
 from rounding import assert_as_near, exact, roundings
 from safetensors.torch import load_file, save_file
+from slim_sources import IMAGE_ROWS, golden_toy, widened, write_source
 from transformers import AutoModel, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,26 +38,28 @@ def folder_of(golden, tmp_path, name):
 
 
 @torch.no_grad()
-def test_a_first_release_checkpoint_answers_as_the_slim_one_with_one_warning(golden, tmp_path, monkeypatch):
+def test_a_first_release_checkpoint_answers_as_the_slim_one_and_warns_once(
+    golden, golden_model, tmp_path, monkeypatch
+):
     warnings = []
     monkeypatch.setattr(configuration_chatglm.logger, "warning", warnings.append)
     configuration_chatglm.warn_once.cache_clear()
-    full = ChatGLMForConditionalGeneration.from_pretrained(folder_of(golden, tmp_path, "trim/preslim")).float().eval()
+    source = write_source(tmp_path / "full", *widened(*golden_toy("base2d")))
+    full = ChatGLMForConditionalGeneration.from_pretrained(source).eval()
     assert len(warnings) == 1 and "20000 image-token rows" in warnings[0] and "python slim.py" in warnings[0]
-    slim = ChatGLMForConditionalGeneration.from_pretrained(folder_of(golden, tmp_path, "trim/slim")).float().eval()
+    slim = ChatGLMForConditionalGeneration.from_pretrained(folder_of(golden, tmp_path, "base2d")).eval()
     assert len(warnings) == 1
-    logits = load_file(golden / "model" / "trim" / "tensors.safetensors")
-    cases = json.loads((golden / "model" / "trim" / "cases.json").read_text(encoding="utf-8"))["cases"]
-    for index, case in enumerate(cases):
-        ids = torch.tensor(case["slim_ids"])
-        ours = slim(ids).logits
-        truth, full_ids = exact(slim, ids).logits, torch.tensor(case["preslim_ids"])
-        assert_as_near(ours, logits[f"slim_logits.{index}"], truth, roundings(slim.config))
+    _, cases, tensors = golden_model("base2d")
+    for index in range(2):
+        ids, logits = torch.tensor(cases[f"single{index}"]["input_ids"]), tensors[f"single{index}.logits"]
+        ours, truth, steps = slim(ids).logits, exact(slim, ids).logits, roundings(slim.config)
+        assert_as_near(ours, logits, truth, steps)
         # The same numbers in the same shapes; only the head's product has another size.
-        assert torch.equal(full.transformer(full_ids).last_hidden_state, slim.transformer(ids).last_hidden_state)
-        assert_as_near(full(full_ids).logits[..., 20000:], ours, truth, roundings(slim.config))
-        answer = slim.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8)
-        assert answer.tolist() == case["slim_greedy"]
+        hidden = [model.transformer(each).last_hidden_state for model, each in ((slim, ids), (full, ids + IMAGE_ROWS))]
+        assert torch.equal(*hidden)
+        assert_as_near(full(ids + IMAGE_ROWS).logits[..., IMAGE_ROWS:], logits, truth, steps)
+        answer = slim.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8)
+        assert answer.tolist() == [row[: answer.shape[1]] for row in cases[f"greedy{index}"]["output_ids"]]
 
 
 def test_a_first_release_tokenizer_numbers_its_text_behind_the_image_tokens(golden):
@@ -78,7 +80,7 @@ def test_a_given_dtype_wins_over_the_checkpoint(golden, tmp_path, dtype):
 @torch.no_grad()
 def test_device_map_places_the_blocks(golden, tmp_path):
     pytest.importorskip("accelerate")
-    folder = folder_of(golden, tmp_path, "trim/slim")
+    folder = folder_of(golden, tmp_path, "base2d")
     plain = ChatGLMForConditionalGeneration.from_pretrained(folder).float()
     placed = ChatGLMForConditionalGeneration.from_pretrained(folder, device_map={"": "cpu"}).float()
     ids = torch.tensor([[5, 95, 1101, 1104]])
@@ -88,10 +90,10 @@ def test_device_map_places_the_blocks(golden, tmp_path):
 @torch.no_grad()
 def test_blocks_offloaded_to_disk_compute_the_same(golden, tmp_path):
     pytest.importorskip("accelerate")
-    folder = folder_of(golden, tmp_path, "trim/slim")
+    folder = folder_of(golden, tmp_path, "base2d")
     plain = ChatGLMForConditionalGeneration.from_pretrained(folder, torch_dtype=torch.float32)
     places = {"transformer.word_embeddings": "cpu", "lm_head": "cpu", "transformer.final_layernorm": "cpu"}
-    places.update({"transformer.layers.0": "cpu", "transformer.layers.1": "disk"})
+    places.update({"transformer.layers.0": "cpu", "transformer.layers.1": "disk", "transformer.layers.2": "cpu"})
     placed = ChatGLMForConditionalGeneration.from_pretrained(
         folder, torch_dtype=torch.float32, device_map=places, offload_folder=str(tmp_path / "offload")
     )

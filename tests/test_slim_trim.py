@@ -7,7 +7,18 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rounding import assert_as_near, exact, roundings
-from slim_sources import EMBEDDING, HEAD, IMAGE_ROWS, full_toy, same_bits, tensors_of, write_full_toy, write_source
+from slim_sources import (
+    EMBEDDING,
+    HEAD,
+    IMAGE_ROWS,
+    full_toy,
+    golden_toy,
+    same_bits,
+    tensors_of,
+    widened,
+    write_full_toy,
+    write_source,
+)
 
 import slim
 from slim import Options
@@ -160,7 +171,7 @@ def test_trimmed_checkpoint_holds_the_rows_of_the_kept_pieces(tmp_path, tiny_sp_
 def test_trimmed_checkpoint_computes_the_same_logits_and_chats(tmp_path):
     from transformers import AutoModel, AutoTokenizer
 
-    source = write_full_toy(tmp_path / "source")
+    source = write_source(tmp_path / "source", *widened(*golden_toy("base2d")))
     (tmp_path / "corpus.txt").write_text(CHINESE, encoding="utf-8")
     slim.slim(str(source), tmp_path / "slim")
     slim.slim(str(tmp_path / "slim"), tmp_path / "trimmed", Options(corpus=tmp_path / "corpus.txt"))
