@@ -256,7 +256,7 @@ def change_class(model):
 
 class Skipped(torch.nn.Module):
     def forward(self, hidden, rotary, visible, past, output_attentions):
-        past.extend(*[hidden.new_zeros(len(hidden), 4, hidden.shape[1], 32)] * 2, 2)
+        past.extend(*[hidden.new_ones(len(hidden), 4, hidden.shape[1], 32)] * 2, 2)
         return hidden, None
 
 
