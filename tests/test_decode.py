@@ -393,6 +393,37 @@ def test_a_mode_that_casts_takes_the_plain_way(served):
     assert not any(served)
 
 
+class HalvesProducts(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        return result / 2 if function is torch.nn.functional.linear else result
+
+
+@torch.no_grad()
+def test_a_mode_that_replaces_functions_is_obeyed_at_each_step(monkeypatch, served):
+    model = make_model()
+    before, _ = steps(model)
+    assert all(served)
+    with HalvesProducts():
+        served.clear()
+        after, _ = steps(model)
+        assert not any(served) and (before - after).abs().max() > 0.1
+    with torch.device("cpu"):  # a mode too, which is about new tensors
+        assert torch.equal(steps(model)[0], before) and any(served)
+
+
+@pytest.mark.parametrize("quantization", [None, {"bits": 8}, {"bits": 4}], ids=str)
+@torch.no_grad()
+def test_tangents_and_batched_tensors_go_through_plain_products(quantization):
+    mlp = make_model(quantization=quantization).transformer.layers[0].mlp.requires_grad_(False)
+    x = torch.linspace(-1, 1, 3 * 128, dtype=mlp.dense_h_to_4h.bias.dtype).view(3, 128)
+    with torch.autograd.forward_ad.dual_level():
+        tangent = torch.autograd.forward_ad.unpack_dual(mlp(torch.autograd.forward_ad.make_dual(x, x))).tangent
+    assert tangent.float().norm() > 0.1
+    batched = torch.vmap(mlp)(x[:, None])[:, 0].float()
+    torch.testing.assert_close(batched, mlp(x).float(), rtol=2**-5, atol=2**-5 * batched.abs().max().item())
+
+
 @torch.no_grad()
 def test_a_name_of_torch_that_is_gone_counts_as_a_hook(monkeypatch, served):
     model = make_model()

@@ -221,6 +221,15 @@ def test_other_bits_are_named_as_they_came(config, bits):
         ChatGLMForConditionalGeneration(config).quantize(bits)
 
 
+@pytest.mark.parametrize("options", [{"quantize_head": 1}, {"quantize_head": 8.0}, {"group_size": False}], ids=str)
+def test_what_only_compares_equal_to_a_choice_is_refused_before_anything_changes(config, options):
+    """Such a model would be half quantized, or saved with a configuration that does not load."""
+    model = ChatGLMForConditionalGeneration(config)
+    with pytest.raises(ValueError, match=re.escape(repr(*options.values()))):
+        model.quantize(8, **options)
+    assert model.config.quantization_bit == 0 and not list(layers_of(model, QuantizedLinear))
+
+
 def test_arguments_of_the_official_quantize_are_taken_and_those_without_effect_named(config, caplog):
     kernel_routes.warn_once.cache_clear()
     model = ChatGLMForConditionalGeneration(config).quantize(
