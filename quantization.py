@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm  # a dependency of transformers
 
-from .configuration_chatglm import GROUP_SIZES, is_one_of
+from .configuration_chatglm import GROUP_SIZES
 from .cuda_kernels import quantize as cuda_quantize
 from .kernel_routes import FrozenProduct, dequantize_weight, dequantized, product, unpack_int4, warn_once  # noqa: F401
 
@@ -246,7 +246,8 @@ def check_request(config, bits, group_size, quantize_head, quantize_activations)
         raise ValueError(f"quantize({bits!r}): use 8, 4, or 0 for no quantization")
     if quantize_activations not in (None, False, True):
         raise ValueError(f"quantize(quantize_activations={quantize_activations!r}): use False, True, or None")
-    if not (is_one_of(group_size, GROUP_SIZES) and is_one_of(quantize_head, (False, True, 4, 8))):
+    known = type(group_size) is int and group_size in GROUP_SIZES  # 8.0 and False would be saved, and not load
+    if not known or not (type(quantize_head) is bool or (type(quantize_head) is int and quantize_head in (4, 8))):
         raise ValueError(
             f"quantize(group_size={group_size!r}, quantize_head={quantize_head!r}): group_size is one of "
             f"{GROUP_SIZES}, quantize_head False, True, 4 or 8"

@@ -15,7 +15,10 @@ import types
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as modules_of_torch
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext  # of torch.set_default_device, which changes no product
 
 from .compat import GrowingCache, cached_length, cached_states, is_tracing
 from .configuration_chatglm import warn_once
@@ -82,10 +85,14 @@ GLOBAL_HOOKS = [getattr(modules_of_torch, name, True) for name in _HOOKS]
 
 
 def is_watched() -> bool:
-    """Whether somebody traces, casts, counts or replaces PyTorch's operations, so that they must be called."""
+    """Whether somebody traces, casts, counts, differentiates, batches or replaces PyTorch's operations, so that they
+    must be called."""
     if is_tracing() or torch.is_autocast_enabled("cpu") or torch._C._len_torch_dispatch_stack():
         return True
-    return torch_functions() != TORCH
+    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+        return True  # tangents and batched tensors, whose memory is not what is computed with
+    modes = _get_current_function_mode_stack() if torch._C._len_torch_function_stack() else ()
+    return any(type(mode) is not DeviceContext for mode in modes) or torch_functions() != TORCH
 
 
 def is_altered(module: nn.Module) -> bool:

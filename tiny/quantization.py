@@ -246,7 +246,8 @@ def check_request(config, bits, group_size, quantize_head, quantize_activations)
         raise ValueError(f"quantize({bits!r}): use 8, 4, or 0 for no quantization")
     if quantize_activations not in (None, False, True):
         raise ValueError(f"quantize(quantize_activations={quantize_activations!r}): use False, True, or None")
-    if group_size not in GROUP_SIZES or quantize_head not in (False, True, 4, 8):
+    known = type(group_size) is int and group_size in GROUP_SIZES  # 8.0 and False would be saved, and not load
+    if not known or not (type(quantize_head) is bool or (type(quantize_head) is int and quantize_head in (4, 8))):
         raise ValueError(
             f"quantize(group_size={group_size!r}, quantize_head={quantize_head!r}): group_size is one of "
             f"{GROUP_SIZES}, quantize_head False, True, 4 or 8"
