@@ -50,7 +50,7 @@ tiny: $(RUNTIME)
 	$(BIN)/python train_tiny.py
 
 clean:
-	rm -rf $(VENV) .nox .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .nox .pytest_cache .ruff_cache .hypothesis cpu/build cpu/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(RUNTIME): requirements.txt cpu/pyproject.toml

@@ -95,7 +95,13 @@ def torch_index(asked):
         return "" if asked == DEFAULT else asked
     if platform.system() != "Linux" or has_nvidia_driver():  # elsewhere the usual builds hold no CUDA libraries
         return ""
-    return CPU_INDEX if answers(CPU_INDEX + "/torch/") else ""
+    if answers(CPU_INDEX + "/torch/"):
+        return CPU_INDEX
+    print(
+        f"{CPU_INDEX} does not answer, so PyTorch comes from pip's own index; TORCH_INDEX=URL names a mirror",
+        flush=True,
+    )
+    return ""
 
 
 def has_nvidia_driver():

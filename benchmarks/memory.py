@@ -28,10 +28,10 @@ GB = 1e9
 CACHE_STEP = 256  # compat.CHUNK
 
 
-def weight_bytes(config: dict, bits: int, quantize_head: bool) -> int:
+def weight_bytes(config: dict, bits: int, quantize_head: int) -> int:
     """Bytes of all tensors of a checkpoint with a tied head; what is not quantized has 16 bits."""
     hidden = config["hidden_size"]
-    total = matrix_bytes((config["vocab_size"], hidden), 8 if quantize_head else 0)
+    total = matrix_bytes((config["vocab_size"], hidden), quantize_head)
     for name, shape in layer_shapes(hidden).items():
         is_matrix = name != EMBEDDING and len(shape) == 2
         total += config["num_layers"] * (matrix_bytes(shape, bits) if is_matrix else 2 * shape[0])
@@ -70,7 +70,9 @@ def computed(config: dict) -> str:
 
 
 def name_of(kind: str) -> str:
-    return {"16": "FP16 / BF16"}.get(kind, kind.replace("int", "INT").replace("-head", ", INT8 head"))
+    return {"16": "FP16 / BF16"}.get(
+        kind, kind.replace("int", "INT").replace("-head4", ", INT4 head").replace("-head", ", INT8 head")
+    )
 
 
 def measured(kinds: list[str], layers: int, data: Path) -> str:
