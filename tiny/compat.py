@@ -134,11 +134,13 @@ class GrowingCache(DynamicCache):
             layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
         return keys, values
 
-    def crop(self, *args, **kwargs):
-        super().crop(*args, **kwargs)
-        if self.in_generate:
-            for states in self.growing.values():
-                states.used = min(states.used, self.get_seq_length())
+    if hasattr(DynamicCache, "crop"):  # 4.41
+
+        def crop(self, *args, **kwargs):
+            super().crop(*args, **kwargs)
+            if self.in_generate:
+                for states in self.growing.values():
+                    states.used = min(states.used, self.get_seq_length())
 
 
 def one_of(*caches):
