@@ -134,7 +134,7 @@ class GrowingCache(DynamicCache):
             layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
         return keys, values
 
-    if hasattr(DynamicCache, "crop"):  # 4.41
+    if hasattr(DynamicCache, "crop"):  # 4.41 and older lack it
 
         def crop(self, *args, **kwargs):
             super().crop(*args, **kwargs)
