@@ -169,7 +169,7 @@ def test_saved_quantized_models_load_as_they_were(config, tmp_path, options):
         assert model.quantize(**options) is model
         expected = model(IDS).logits
         assert 0 < (expected - full).abs().max() < 1
-        model.save_pretrained(tmp_path)
+        model.save_pretrained(tmp_path, safe_serialization=True)
         loaded = ChatGLMForConditionalGeneration.from_pretrained(tmp_path).eval()
         assert torch.equal(loaded(IDS).logits, expected)
     saved = load_file(tmp_path / "model.safetensors")

@@ -295,10 +295,8 @@ class ChatMixin:
             raise ValueError(f"num_beams = {kwargs['num_beams']}: beams cannot be streamed; use chat() or generate()")
         tap = TokenTap()
         given = {"generation_config": generation_config, "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn}
-        kwargs.update(
-            {name: value for name, value in given.items() if value is not None}
-        )  # 4.23 doesn't know the first
-        kwargs.update(input_ids=input_ids, logits_processor=logits_processor)
+        kwargs.update({name: value for name, value in given.items() if value is not None})  # 4.23 knows no first one
+        kwargs.update(input_ids=input_ids, logits_processor=LogitsProcessorList(logits_processor or []))
         kwargs["stopping_criteria"] = StoppingCriteriaList([*(stopping_criteria or []), tap])
         run, context = contextvars.copy_context().run, state_of_thread(self.device)
         thread = threading.Thread(target=run, args=(tap.run, context, self.generate, kwargs), daemon=True)
