@@ -758,6 +758,7 @@ def benchmark(monkeypatch):
     return module
 
 
+@pytest.mark.once  # some versions of transformers write warnings of their own to stderr
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
 def test_without_a_gpu_the_benchmark_says_so_in_one_line_and_exits_with_2():
     script = Path(cuda_kernels.__file__).parent / "benchmarks" / "gpu_quantization.py"
