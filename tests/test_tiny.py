@@ -3,15 +3,16 @@
 import json
 import re
 import unicodedata
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import train_tiny
 from package import package_files
 
+ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "tiny"
 DIALOGUES = train_tiny.load_dialogues(TINY / "dialogues.jsonl")
 LEARNED = train_tiny.exchanges(DIALOGUES)
