@@ -30,7 +30,7 @@ chat: $(RUNTIME)
 	@exec $(BIN)/python cli_chat.py --model "$(MODEL)" $(if $(DTYPE),--dtype $(DTYPE)) $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
 test: lint
-	HF_HUB_OFFLINE=1 HF_MODULES_CACHE=$(VENV)/modules $(BIN)/python -m pytest $(TESTS)
+	HF_HUB_OFFLINE=1 HF_MODULES_CACHE="$(abspath $(VENV))/modules" $(BIN)/python -m pytest $(TESTS)
 
 lint: $(DEV)
 	$(BIN)/ruff format --check .
