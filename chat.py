@@ -1,5 +1,7 @@
 """Chat: the prompt of a round, the text of an answer and its end, tokens on their way, and the three methods."""
 
+from __future__ import annotations
+
 import contextvars
 import operator
 import queue
@@ -7,7 +9,7 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,25 +53,25 @@ def whole_number(name: str, value) -> int:
 # --- history and prompt: (question, answer) pairs, or messages with role and content ---------------------------------
 
 
-def with_round(history: Optional[list], query: str, response: str) -> list:
+def with_round(history: list | None, query: str, response: str) -> list:
     """A new history with one more round, in the form of the old one."""
     if history and isinstance(history[0], dict):
         return [*history, {"role": "user", "content": query}, {"role": "assistant", "content": response}]
     return [*(history or []), (query, response)]
 
 
-def starts_of_rounds(history: Optional[list]) -> list[int]:
+def starts_of_rounds(history: list | None) -> list[int]:
     return [n for n, turn in enumerate(history or []) if not isinstance(turn, dict) or turn.get("role") == "user"]
 
 
-def without_oldest_rounds(history: Optional[list], count: int) -> list:
+def without_oldest_rounds(history: list | None, count: int) -> list:
     """`history` without its first `count` questions and their answers; a system message stays."""
     history, starts = list(history or []), starts_of_rounds(history)
     return [*history[: starts[0]], *history[[*starts, len(history)][count] :]] if count else history
 
 
 def prompt_within(
-    tokenizer, query: str, history: Optional[list], max_length: Optional[int], answer_room: Optional[int]
+    tokenizer, query: str, history: list | None, max_length: int | None, answer_room: int | None
 ) -> list[int]:
     """The ids of the prompt; without as many of the oldest rounds as it takes to keep `answer_room` tokens free.
 
@@ -117,7 +119,7 @@ class FiniteScores(LogitsProcessor):
 class Answer(StoppingCriteria):
     """The text of an answer as it is shown, and its end before a stop string; one place for chat and stream_chat."""
 
-    def __init__(self, tokenizer, prompt_length: int, process_response, stop: Optional[list[str]], num_beams: int = 1):
+    def __init__(self, tokenizer, prompt_length: int, process_response, stop: list[str] | None, num_beams: int = 1):
         self.tokenizer, self.prompt_length, self.process_response = tokenizer, prompt_length, process_response
         self.stop, self.num_beams = [stop] if isinstance(stop, str) else list(stop or []), num_beams
         if not all(isinstance(word, str) and word for word in self.stop):
@@ -214,15 +216,15 @@ class ChatMixin:
         self,
         tokenizer,
         query: str,
-        history: Optional[list] = None,
+        history: list | None = None,
         max_length: int = 2048,
         num_beams: int = 1,
         do_sample: bool = True,
         top_p: float = 0.7,
         temperature: float = 0.95,
-        logits_processor: Optional[LogitsProcessorList] = None,
-        stop: Optional[list[str]] = None,
-        answer_room: Optional[int] = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stop: list[str] | None = None,
+        answer_room: int | None = None,
         **kwargs,
     ) -> tuple[str, list]:
         """Answers `query` after `history`.
@@ -252,14 +254,14 @@ class ChatMixin:
         self,
         tokenizer,
         query: str,
-        history: Optional[list] = None,
+        history: list | None = None,
         max_length: int = 2048,
         do_sample: bool = True,
         top_p: float = 0.7,
         temperature: float = 0.95,
-        logits_processor: Optional[LogitsProcessorList] = None,
-        stop: Optional[list[str]] = None,
-        answer_room: Optional[int] = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stop: list[str] | None = None,
+        answer_room: int | None = None,
         **kwargs,
     ) -> Iterator[tuple[str, list]]:
         """As `chat`, but yields (answer so far, history) after each token; the last pair is what `chat` returns.
@@ -281,8 +283,8 @@ class ChatMixin:
         self,
         input_ids: Tensor,
         generation_config=None,
-        logits_processor: Optional[LogitsProcessorList] = None,
-        stopping_criteria: Optional[StoppingCriteriaList] = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
         prefix_allowed_tokens_fn=None,
         **kwargs,
     ) -> Iterator[Tensor]:

@@ -5,6 +5,8 @@ index of CPU builds, if that answers: 0.2 GB instead of 2.7. The syntax is that 
 older one is told so.
 """
 
+from __future__ import annotations
+
 import argparse
 import os
 import platform

@@ -1,5 +1,7 @@
 """Fixtures: the package under an import name, the golden figures, the real SentencePiece model where there is one."""
 
+from __future__ import annotations
+
 import json
 import os
 import sys

@@ -1,5 +1,7 @@
 """Checkpoints of every kind that `slim.py` meets, made from the golden toys."""
 
+from __future__ import annotations
+
 import json
 import shutil
 from pathlib import Path

@@ -1,5 +1,7 @@
 """chat, stream_chat and stream_generate: the golden answers, and what differs from the original on purpose."""
 
+from __future__ import annotations
+
 import contextvars
 import gc
 import json

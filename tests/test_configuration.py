@@ -1,5 +1,7 @@
 """Fields, defaults, and the errors that come before memory is taken."""
 
+from __future__ import annotations
+
 import json
 import logging
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Decode steps as a program of CPU kernels: equal to the plain network, and aware of whatever changes in it."""
 
+from __future__ import annotations
+
 import gc
 import threading
 import types

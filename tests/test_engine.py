@@ -1,5 +1,7 @@
 """Processes without the engine, with one that does not start, and what the first products leave as it was."""
 
+from __future__ import annotations
+
 import os
 import subprocess
 import sys

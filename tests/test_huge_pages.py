@@ -1,5 +1,7 @@
 """Weights moved from mapped files to huge pages: the same values in new parameters, in memory of their own."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 from chatglm_cpu import huge_pages

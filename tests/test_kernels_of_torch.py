@@ -1,6 +1,8 @@
 """PyTorch's own INT8 and INT4 products where the engine is missing: right within bfloat16, and INT4's copy of the
 weight beside it, which nobody else gets to see."""
 
+from __future__ import annotations
+
 import copy
 
 import pytest

@@ -1,5 +1,7 @@
 """Folders as users have them: the bare code, a first-release checkpoint, 16-bit files, several devices."""
 
+from __future__ import annotations
+
 import shutil
 from pathlib import Path
 

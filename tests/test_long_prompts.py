@@ -1,5 +1,7 @@
 """The model with the engine's attention of long prompts: as exact as with PyTorch's own."""
 
+from __future__ import annotations
+
 import chatglm_cpu
 import pytest
 import torch

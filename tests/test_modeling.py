@@ -1,5 +1,7 @@
 """The network against figures computed by the original code, and against itself where it must not matter."""
 
+from __future__ import annotations
+
 import copy
 import json
 import re

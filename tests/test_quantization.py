@@ -1,5 +1,7 @@
 """The official format bit for bit, the layers, and whole quantized models."""
 
+from __future__ import annotations
+
 import copy
 import json
 import re

@@ -1,5 +1,7 @@
 """slim.py makes the same model without its image rows from every kind of checkpoint, and survives what goes wrong."""
 
+from __future__ import annotations
+
 import copy
 import errno
 import hashlib

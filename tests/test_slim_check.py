@@ -1,5 +1,7 @@
 """The check passes every right output and finds every damage, also where the conversion itself is what is wrong."""
 
+from __future__ import annotations
+
 import json
 import re
 import shutil

@@ -1,5 +1,7 @@
 """Sources that carry instructions or bombs, files at will, folders of others: clean exits, and nothing followed."""
 
+from __future__ import annotations
+
 import contextlib
 import io
 import json

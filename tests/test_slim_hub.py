@@ -1,5 +1,7 @@
 """SOURCE as a Hub id and --push, against a stand-in of the Hub's HTTP API on 127.0.0.1."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os

@@ -1,5 +1,7 @@
 """Every reason to refuse: its own exit code, one line that names it, and nothing written."""
 
+from __future__ import annotations
+
 import json
 import os
 import pickle

@@ -1,5 +1,7 @@
 """A trimmed vocabulary spells kept text as before, spells all other text somehow, and keeps its rows."""
 
+from __future__ import annotations
+
 import json
 
 import pytest

@@ -1,5 +1,7 @@
 """The checkpoint in tiny/: it loads by itself, knows its dialogues word for word, and its code is the package's."""
 
+from __future__ import annotations
+
 import json
 import re
 import unicodedata

@@ -1,5 +1,7 @@
 """The tokenizer: the original's ids, what differs on purpose, conversations, files, bad input."""
 
+from __future__ import annotations
+
 import contextlib
 import copy
 import doctest

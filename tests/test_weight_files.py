@@ -1,5 +1,7 @@
 """Which file of a folder transformers loads the weights from, on this version, and that slim.py takes the same."""
 
+from __future__ import annotations
+
 import itertools
 import json
 

@@ -7,6 +7,8 @@ and values of a layer are views of a buffer with room for more, so that a new to
 else (crop, beam reordering, batching) stays the base class's, because it only ever sees the views.
 """
 
+from __future__ import annotations
+
 import collections
 import dataclasses
 import functools
@@ -17,7 +19,6 @@ import re
 import threading
 import weakref
 import zipfile
-from typing import Optional
 
 import torch
 import transformers
@@ -77,10 +78,10 @@ class GrowingStates:
     """The keys, or the values, of one layer: a view [B, H, used, D] of a buffer [B, H, used + room, D]."""
 
     def __init__(self):
-        self.buffer: Optional[Tensor] = None
+        self.buffer: Tensor | None = None
         self.used = 0  # tokens of the buffer that were handed out: who kept them keeps their numbers
 
-    def append(self, past: Optional[Tensor], new: Tensor) -> Tensor:
+    def append(self, past: Tensor | None, new: Tensor) -> Tensor:
         """past [B, H, n, D] or None, new [B, H, s, D] -> [B, H, n + s, D]; `past` is what the last call returned, or
         any other tensor (cropped, reordered, loaded), which is then copied into a new buffer once."""
         used = past.shape[-2] if past is not None and past.numel() else 0
@@ -233,7 +234,7 @@ def cached_length(cache):
     return length if isinstance(length, int) or is_tracing() else int(length)
 
 
-def fixed_length(cache) -> Optional[int]:
+def fixed_length(cache) -> int | None:
     """Slots of a static cache, which hands out all of them at each update; None for caches that grow."""
     if cache is None or isinstance(cache, DynamicCache):
         return None
@@ -252,7 +253,7 @@ def chosen_attention(config):
     return name if function is None or of_library else function
 
 
-def chosen_mask(config, visible: Optional[Tensor], dtype: torch.dtype) -> Optional[Tensor]:
+def chosen_mask(config, visible: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """The mask for such a function: bool, True for keys that are read; one to add to the scores where transformers'
     `eager_mask` is registered for it with AttentionMaskInterface.
 
@@ -284,7 +285,7 @@ def is_tracing() -> bool:
 class Past:
     """What the blocks put before their new keys and values: a cache, or without one a P-tuning prefix, or nothing."""
 
-    def __init__(self, cache, prefix: Optional[list[tuple[Tensor, Tensor]]], new_tokens: int, device: torch.device):
+    def __init__(self, cache, prefix: list[tuple[Tensor, Tensor]] | None, new_tokens: int, device: torch.device):
         self.cache, self.prefix, self.arguments = cache, prefix, ()
         if fixed_length(cache) is not None:  # before transformers 5 static caches are told which slots to write to
             self.arguments = ({"cache_position": torch.arange(new_tokens, device=device) + cached_length(cache)},)

@@ -6,6 +6,8 @@ image-token rows in front of the text vocabulary: `num_image_tokens` tells which
 Fields are checked for type and value, so that "false" or 2.5 from a file is an error here and not a wrong model later.
 """
 
+from __future__ import annotations
+
 import functools
 import logging
 import math

@@ -12,10 +12,12 @@ Shapes: B batch, S new tokens, K all keys (prefix and cached tokens too), H head
 R position rows (2 or 1), V vocabulary.
 """
 
+from __future__ import annotations
+
 import copy
 import functools
 import os
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +85,7 @@ def first_index(found: Tensor) -> Tensor:
 
 
 def find_geometry(
-    ids: Tensor, config: ChatGLMConfig, attention_mask: Optional[Tensor] = None, filled: Optional[tuple] = None
+    ids: Tensor, config: ChatGLMConfig, attention_mask: Tensor | None = None, filled: tuple | None = None
 ) -> Geometry:
     """Reads the geometry off whole sequences [B, S].
 
@@ -141,7 +143,7 @@ def position_ids_between(geometry: Geometry, start, new_tokens: int, two_dimensi
 
 
 def hidden_keys(
-    geometry: Optional[Geometry], attention_mask: Optional[Tensor], start, new_tokens: int, total: int, device
+    geometry: Geometry | None, attention_mask: Tensor | None, start, new_tokens: int, total: int, device
 ) -> Tensor:
     """Which of `total` keys the tokens start ... start + new_tokens - 1 may not read: [B or 1, 1, S, total] bool, as
     the official masks are.
@@ -163,7 +165,7 @@ def hidden_keys(
     return (hidden & (key != query))[:, None]
 
 
-def hides_any(geometry: Optional[Geometry], attention_mask: Optional[Tensor]) -> bool:
+def hides_any(geometry: Geometry | None, attention_mask: Tensor | None) -> bool:
     """Whether anything before a new token may be hidden from it."""
     if geometry is not None and geometry.is_padded:
         return True
@@ -184,7 +186,7 @@ def visible_keys(hidden: Tensor, prefix_length: int) -> Tensor:
     return F.pad(visible | ~visible.any(dim=-1, keepdim=True), (prefix_length, 0), value=True)
 
 
-def check_sizes(mask: Optional[Tensor], batch: int, new_tokens: int, tokens: int, keys: int) -> None:
+def check_sizes(mask: Tensor | None, batch: int, new_tokens: int, tokens: int, keys: int) -> None:
     """ValueError for too few slots, and for a mask that is neither [B, tokens] nor an official one, of which the last
     rows count. `tokens` are the new ones and those in the cache, `keys` what may be read in the end."""
     if tokens > keys:
@@ -241,7 +243,7 @@ class SelfAttention(nn.Module):
         self.query_key_value = linear_layer(config, config.hidden_size, 3 * config.hidden_size)
         self.dense = linear_layer(config, config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden: Tensor, rotary, visible: Optional[Tensor], past: Past, output_attentions: bool):
+    def forward(self, hidden: Tensor, rotary, visible: Tensor | None, past: Past, output_attentions: bool):
         B, S, _ = hidden.shape
         fused = linear(self.query_key_value, hidden).view(B, S, self.heads, 3, self.head_size)
         query, key = rotate(fused[..., :2, :], *rotary).transpose(1, 2).unbind(-2)  # [B, H, S, D] each
@@ -258,7 +260,7 @@ class SelfAttention(nn.Module):
         return linear(self.dense, context.reshape(B, S, -1)), weights
 
 
-def eager_attention(query: Tensor, key: Tensor, value: Tensor, visible: Optional[Tensor]) -> tuple[Tensor, Tensor]:
+def eager_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor]:
     """query [B, H, S, D], key and value [B, H, K, D] -> context [B, S, H, D] and weights [B, H, S, K]."""
     wide = torch.promote_types(query.dtype, torch.float32)  # float16 products may overflow
     scores = query.to(wide) / query.shape[-1] ** 0.5 @ key.to(wide).transpose(2, 3)
@@ -287,7 +289,7 @@ class GLMBlock(nn.Module):
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, hidden: Tensor, rotary, visible: Optional[Tensor], past: Past, output_attentions: bool):
+    def forward(self, hidden: Tensor, rotary, visible: Tensor | None, past: Past, output_attentions: bool):
         normed = self.input_layernorm(hidden)
         attended, weights = self.attention(normed, rotary, visible, past, output_attentions)
         normed = self.post_attention_layernorm(normed * self.residual_scale + attended)
@@ -480,18 +482,18 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
     def forward(
         self,
-        input_ids: Optional[Tensor] = None,
-        position_ids: Optional[Tensor] = None,
-        attention_mask: Optional[Tensor] = None,
+        input_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         past_key_values=None,
-        inputs_embeds: Optional[Tensor] = None,
-        use_cache: Optional[bool] = None,
-        output_attentions: Optional[bool] = None,
-        output_hidden_states: Optional[bool] = None,
-        return_dict: Optional[bool] = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         cache=None,
         **kwargs,
-    ) -> Union[tuple, BaseModelOutputWithPast]:
+    ) -> tuple | BaseModelOutputWithPast:
         """
         Args:
             input_ids: [B, S], or inputs_embeds [B, S, hidden] (special tokens are recognised by their embeddings).
@@ -546,7 +548,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         hidden_states[-1] = self.final_layernorm(hidden)
         return hidden_states, attentions
 
-    def _decode_step(self, hidden: Tensor, rotary, visible, cache, seen) -> Optional[Tensor]:
+    def _decode_step(self, hidden: Tensor, rotary, visible, cache, seen) -> Tensor | None:
         """What `_run_blocks` computes for one new token that reads all keys, by CPU kernels where they serve."""
         if hidden.shape[1] != 1 or visible is not None or not seen or hidden.device.type != "cpu" or is_tracing():
             return None
@@ -555,7 +557,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         kinds = (GLMBlock, SelfAttention, MLP, QuantizedLinear)
         return decode_step(self.layers, self.final_layernorm, hidden, rotary, cache, kinds)
 
-    def _prefix_before(self, cache, hidden: Tensor) -> Optional[list[tuple[Tensor, Tensor]]]:
+    def _prefix_before(self, cache, hidden: Tensor) -> list[tuple[Tensor, Tensor]] | None:
         """The P-tuning prefix for who has no cache to hold it; an empty cache gets it."""
         cached = cached_length(cache)
         if not self.prefix_length or not isinstance(cached, int) or cached:
@@ -568,7 +570,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             past.extend(key, value, layer_idx)
         return None
 
-    def place(self, inputs: Tensor, position_ids, attention_mask, cache, seen) -> tuple[Tensor, Optional[Tensor]]:
+    def place(self, inputs: Tensor, position_ids, attention_mask, cache, seen) -> tuple[Tensor, Tensor | None]:
         """Where the new tokens are that follow `seen` cached ones, and what they read: the one place that says so.
 
         Args:
@@ -669,20 +671,20 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
 
     def forward(
         self,
-        input_ids: Optional[Tensor] = None,
-        position_ids: Optional[Tensor] = None,
-        attention_mask: Optional[Tensor] = None,
+        input_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         past_key_values=None,
-        inputs_embeds: Optional[Tensor] = None,
-        labels: Optional[Tensor] = None,
-        use_cache: Optional[bool] = None,
-        output_attentions: Optional[bool] = None,
-        output_hidden_states: Optional[bool] = None,
-        return_dict: Optional[bool] = None,
-        logits_to_keep: Union[int, Tensor] = 0,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
         cache=None,
         **kwargs,
-    ) -> Union[tuple, CausalLMOutputWithPast]:
+    ) -> tuple | CausalLMOutputWithPast:
         """Inputs as ChatGLMModel.forward.
 
         Args:
@@ -723,7 +725,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
     # --- hooks of transformers' generate, checked on every rung of the ladder -------------------------------------
 
     @functools.wraps(GenerationMixin.generate)
-    def generate(self, inputs: Optional[Tensor] = None, *args, **kwargs):
+    def generate(self, inputs: Tensor | None = None, *args, **kwargs):
         """Overridden to hand it a cache that grows in place, and official masks in a form that it lets pass."""
         ids = kwargs.get("input_ids") if inputs is None else inputs
         self._without_official_forms(kwargs.get("inputs_embeds") if ids is None else ids, kwargs)
@@ -771,9 +773,9 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         self,
         input_ids: Tensor,
         past_key_values=None,
-        attention_mask: Optional[Tensor] = None,
-        inputs_embeds: Optional[Tensor] = None,
-        use_cache: Optional[bool] = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
         past=None,
         cache=None,
         **kwargs,
@@ -805,7 +807,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         position_ids, unread = self.transformer.place(new, None, attention_mask, cache, seen)
         return {**inputs, "input_ids": new, "position_ids": position_ids, "attention_mask": unread}
 
-    def _know_geometry(self, cache, input_ids: Tensor, attention_mask: Optional[Tensor], seen: int) -> None:
+    def _know_geometry(self, cache, input_ids: Tensor, attention_mask: Tensor | None, seen: int) -> None:
         """Reads it off the whole text where the cache has none, or may have that of another prompt."""
         geometry = geometry_of(cache)
         one_more = input_ids.shape[1] <= seen + 1
@@ -828,26 +830,26 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
 
     # --- weights -------------------------------------------------------------------------------------------------
 
-    def to_huge_pages(self) -> "ChatGLMForConditionalGeneration":
+    def to_huge_pages(self) -> ChatGLMForConditionalGeneration:
         """Copies the weights on the CPU from the mapped files to huge pages of the process, where decoding reads them
         faster; takes seconds for some GB. The parameters are new ones, so make an optimizer afterwards."""
         move_to_huge_pages(self)
         return self
 
-    def quantize(self, bits: int, group_size: int = 0, quantize_head: Union[bool, int] = False, **kwargs):
+    def quantize(self, bits: int, group_size: int = 0, quantize_head: bool | int = False, **kwargs):
         """Replaces the linear layers by INT8 or INT4 ones, in place; see quantization.quantize_model."""
         return quantize_model(self, bits, group_size=group_size, quantize_head=quantize_head, **kwargs)
 
-    def dequantize(self, dtype: Optional[torch.dtype] = None):
+    def dequantize(self, dtype: torch.dtype | None = None):
         """Plain layers with the same numbers in place of INT8 or INT4 ones; see quantization.dequantize_model."""
         return dequantize_model(self, dtype)
 
 
-def as_asked(output, return_dict: Optional[bool], config: ChatGLMConfig):
+def as_asked(output, return_dict: bool | None, config: ChatGLMConfig):
     return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
 
-def check_labels(labels: Tensor, inputs: Optional[Tensor], logits_to_keep: Union[int, Tensor]) -> None:
+def check_labels(labels: Tensor, inputs: Tensor | None, logits_to_keep: int | Tensor) -> None:
     if torch.is_tensor(logits_to_keep) or logits_to_keep:
         raise ValueError(
             f"labels with logits_to_keep = {logits_to_keep!r}: a loss needs the logits of all positions; give one of "
@@ -860,7 +862,7 @@ def check_labels(labels: Tensor, inputs: Optional[Tensor], logits_to_keep: Union
         )
 
 
-def shifted_cross_entropy(logits: Tensor, labels: Tensor, num_items: Optional[int] = None) -> Tensor:
+def shifted_cross_entropy(logits: Tensor, labels: Tensor, num_items: int | None = None) -> Tensor:
     """Mean over the labels that are not -100 (or sum / num_items, which Trainer gives for accumulated batches)."""
     labels = labels[:, 1:].reshape(-1).to(logits.device)
     loss = F.cross_entropy(

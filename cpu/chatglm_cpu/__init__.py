@@ -5,6 +5,8 @@ It knows nothing of transformers or of the model's classes: it is handed tensors
 gives None, and the caller computes that in plain PyTorch. Importing it compiles, starts and changes nothing.
 """
 
+from __future__ import annotations
+
 from .huge_pages import move_to_huge_pages
 from .kernels import dequantize, gelu
 from .program import Network, decode_program

@@ -1,5 +1,7 @@
 """The package from the clone, and each instruction set that this machine can run."""
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
 

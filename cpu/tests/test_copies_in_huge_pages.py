@@ -1,5 +1,7 @@
 """Tensors copied to huge pages."""
 
+from __future__ import annotations
+
 import mmap
 import pickle
 from pathlib import Path

@@ -1,5 +1,7 @@
 """The hint about cores that others hold: from the system's own count, once, and only where threads really wait."""
 
+from __future__ import annotations
+
 import sys
 import time
 import warnings

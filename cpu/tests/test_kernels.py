@@ -1,5 +1,7 @@
 """The CPU kernels against float64, on every instruction set this machine can run, and what they refuse."""
 
+from __future__ import annotations
+
 import doctest
 import subprocess
 import sys

@@ -1,5 +1,7 @@
 """The small kernels of a decode program against float64, and the program itself, from tensors alone."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 from chatglm_cpu import instruction_set, program, runtime

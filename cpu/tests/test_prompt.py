@@ -1,5 +1,7 @@
 """Attention of a prompt as matrix products: as exact as torch's, and only where it is served."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 from chatglm_cpu import attention, prompt, routes
