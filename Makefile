@@ -16,7 +16,7 @@ DTYPE ?=
 DEVICE ?=
 ARGS ?=
 TORCH_INDEX ?=
-TESTS ?= tests cpu/tests
+TESTS ?= tests cpu/tests serving/tests
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check

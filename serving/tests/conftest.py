@@ -1,0 +1,43 @@
+"""Fixtures of the server's tests: `tiny`, as a stranger gets it, and small golden models."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "tiny"
+sys.path.insert(0, str(ROOT))
+
+
+def load_tiny():
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(TINY, trust_remote_code=True)
+    return tokenizer, AutoModel.from_pretrained(TINY, trust_remote_code=True).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """(tokenizer, model) in float32."""
+    return load_tiny()
+
+
+@pytest.fixture(scope="session")
+def questions() -> list[str]:
+    """What `tiny` was taught to answer."""
+    lines = (TINY / "dialogues.jsonl").read_text(encoding="utf-8").splitlines()
+    asks = [ask for line in lines for one in json.loads(line)["rounds"] for ask in one["ask"]]
+    return random.Random(7).sample(asks, 64)
+
+
+@pytest.fixture(autouse=True)
+def threads_as_found():
+    found = torch.get_num_threads()
+    yield
+    torch.set_num_threads(found)
