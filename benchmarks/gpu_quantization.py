@@ -289,7 +289,7 @@ def fused_rows(rows: int) -> Iterator[None]:
 
 def describe(device: torch.device) -> str:
     properties = torch.cuda.get_device_properties(device)
-    library = cuda_kernels._cpm_kernels().library
+    library = cuda_kernels._cpm_kernels()
     nvrtc = ".".join(str(part) for part in library.nvrtc.version)
     return (
         f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.multi_processor_count} SMs, "

@@ -1,7 +1,7 @@
 """The CUDA kernels, proven without a GPU: compiled by NVRTC, and run on the CPU behind an emulated driver.
 
-Everything goes the way it goes on a GPU: cpm_kernels' files load the (emulated) driver, NVRTC makes a cubin,
-LazyKernelCModule loads it, KernelFunction launches. Only then the emulation runs the same source, compiled by g++.
+Everything goes the way it goes on a GPU: NVRTC makes a cubin, cpm_kernels' bindings of the (emulated) driver load and
+launch it. Only then the emulation runs the same source, compiled by g++.
 """
 
 from __future__ import annotations

@@ -412,13 +412,13 @@ class _Kernels:
     """The compiled kernels of one device."""
 
     def __init__(self, cpm: types.SimpleNamespace, device: torch.device, cubin: bytes):
-        self._device = device
-        self._set_device = cpm.library.cudart.cudaSetDevice
-        module = cpm.LazyKernelCModule(cubin)
-        self._function = functools.cache(functools.partial(cpm.KernelFunction, module))
+        self._cpm, self._device = cpm, device
+        self._set_device = functools.partial(cpm.cudart.cudaSetDevice, device.index or 0)  # of a runtime of its own
         with _on(device):
-            self._set_device(device.index or 0)
-            module.get_module()  # here, not at the first product: the driver may refuse the cubin
+            self._set_device()
+            cpm.cudart.cudaFree(None)  # makes the device's context, if nothing has
+            module = cpm.cuda.cuModuleLoadData(cubin)  # here, not at the first product: the driver may refuse it
+        self._function = functools.cache(functools.partial(cpm.cuda.cuModuleGetFunction, module))
 
     def linear(self, matrix: _Matrix, bits: int, x: Tensor, y: Tensor) -> None:
         tile = 1 if x.shape[0] == 1 else 4
@@ -438,9 +438,11 @@ class _Kernels:
         if not blocks:  # a matrix without elements needs no launch, and CUDA refuses an empty one
             return
         values = [ctypes.c_void_p(item.data_ptr()) if isinstance(item, Tensor) else item for item in arguments]
+        addresses = [ctypes.addressof(value) for value in values]
         with _on(self._device):
-            self._set_device(self._device.index or 0)  # cpm_kernels may use another copy of the runtime than torch
-            self._function(name)((blocks, 1, 1), (threads, 1, 1), 0, _stream(self._device), values)
+            self._set_device()
+            function, stream = self._function(name), _stream(self._device)
+            self._cpm.cuda.cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, 0, stream, addresses)
 
 
 # The four questions put to torch.cuda; the tests answer them for the emulated device.
@@ -488,7 +490,7 @@ def _kernels_for(*tensors: Tensor) -> _Kernels | None:
 def _load_or_warn(device: torch.device) -> _Kernels | None:
     try:
         cpm = _cpm_kernels()
-        kernels = _Kernels(cpm, device, _compile(cpm.library.nvrtc, _capability(device)))
+        kernels = _Kernels(cpm, device, _compile(cpm.nvrtc, _capability(device)))
         _check(kernels, device)
         return kernels
     except _Unavailable as error:
@@ -588,10 +590,10 @@ def _unwritten(rows: int, columns: int, device: torch.device) -> Tensor:
 
 @functools.cache
 def _cpm_kernels() -> types.SimpleNamespace:
-    """What is used of cpm_kernels 1.0.11: `library` (cuda, cudart, nvrtc), LazyKernelCModule, KernelFunction.
+    """The driver, the runtime and NVRTC as cpm_kernels 1.0.11 binds them: cuda, cudart, nvrtc.
 
     `import cpm_kernels` needs pkg_resources, which new environments lack, and does not find the CUDA of pip. Lending
-    it both would change sys.modules, os and ctypes under the feet of other threads. So the five files that are needed
+    it both would change sys.modules, os and ctypes under the feet of other threads. So the four files that are needed
     run as modules of our own: they import what they are given, and nothing of the process changes.
     """
     if torch.version.hip:
@@ -602,18 +604,8 @@ def _cpm_kernels() -> types.SimpleNamespace:
     folder = package.submodule_search_locations[0]
     base = _run(folder, "library.base")
     base.unix_find_lib = base.windows_find_lib = _find_library
-    library = types.SimpleNamespace()
-    for name in ("cuda", "cudart", "nvrtc"):
-        setattr(library, name, _run(folder, f"library.{name}", base=base))
-    # cpm_kernels' own Device opens cuBLAS, too; what a launch needs of it is that the runtime is initialized.
-    device = types.SimpleNamespace(use=lambda: library.cudart.cudaFree(None))
-    devices = types.SimpleNamespace(Device=lambda index: device)
-    launching = _run(folder, "kernels.base", library=library, device=devices, pkg_resources=None)
-    return types.SimpleNamespace(
-        library=library,
-        LazyKernelCModule=launching.LazyKernelCModule,
-        KernelFunction=launching.KernelFunction,
-    )
+    names = ("cuda", "cudart", "nvrtc")
+    return types.SimpleNamespace(**{name: _run(folder, f"library.{name}", base=base) for name in names})
 
 
 def _run(folder: str, name: str, **given) -> types.ModuleType:
