@@ -2,10 +2,11 @@
 
     python benchmarks/gpu_quantization.py [--device cuda:0] [--skip-model] [--eager]
 
-The kernels were verified by compilation and emulation, on machines without a GPU. This prints, for the one at hand:
-whether compression, extraction and products are right; the time of a first use and of a launch; for each matrix of
-the 6B model and several numbers of rows the time and GB/s of the fused product, beside a copy on the same device, the
-dequantize-then-matmul way and a 16-bit matmul; and tokens/s of the model with random weights, as far as memory allows.
+This prints, for the GPU at hand: whether compression, extraction and products are right; the time of a first use and
+of a launch; for each matrix of the 6B model and several numbers of rows the time of the fused product and its GB/s
+beside a copy on the same device, the dequantize-then-matmul way, a 16-bit matmul, PyTorch's own products with INT4
+(bfloat16, groups of 128) and INT8 weights and, where it is installed, bitsandbytes' (NF4, LLM.int8); and of the model
+with random weights, as far as memory allows, the tokens/s of decoding, alone and in batches, and the time of prompts.
 Without an NVIDIA GPU it says so and exits with 2; if a number is wrong it exits with 1.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -34,13 +36,15 @@ MATRICES = {  # of a layer: output by input features
     "dense_h_to_4h": (16384, 4096),
     "dense_4h_to_h": (4096, 16384),
 }
-ROWS = (1, 2, 4, 8, 16, 32, 128)
+ROWS = (1, 2, 4, 8, 16, 32, 128, 512, 2048)
 CHECKED_SHAPES = ((64, 4096), (33, 704))
 BEYOND_CACHE = 512 * 2**20  # bytes of different matrices in turn, so that no cache serves them
 CALLS = 20  # of a product, in one measurement
 REPEATS = 7
-CONTEXTS, NEW_TOKENS = (128, 1024), 64
-MODEL_BYTES = {16: 14.5e9, 8: 8.5e9, 4: 5.5e9}  # weights, cache and temporaries at these contexts
+DECODED, NEW_TOKENS = ((1, 128), (1, 1024), (4, 128), (16, 128)), 64  # sequences and tokens of context
+PROMPTS = (128, 512, 2048)
+MODEL_BYTES = {16: 15.5e9, 8: 9.5e9, 4: 6.5e9}  # weights, cache and temporaries of these
+GROUP = 128  # columns that share a scale in PyTorch's own INT4
 NOWHERE = "gpu_quantization: no NVIDIA GPU that PyTorch can use was found, so there is nothing to measure."
 REPORT = "Please report this output, whole, in the issue tracker of the repository, with the name of your system."
 
@@ -142,7 +146,7 @@ def differences(weight: Tensor, bits: int) -> Iterator[str]:
 
 
 class Product(NamedTuple):
-    """Seconds of one product, the ways it can be computed."""
+    """Seconds of one product, the ways it can be computed; None where there is no such way."""
 
     matrix: str
     bits: int
@@ -150,6 +154,8 @@ class Product(NamedTuple):
     fused: float | None
     dequantized: float
     plain: float
+    of_torch: float | None
+    of_bitsandbytes: float | None
     bytes: int  # of the quantized weight
 
 
@@ -158,13 +164,16 @@ def products(clock: Clock) -> Iterator[Product]:
         plain = [torch.randn(shape, device=clock.device).half() for _ in range(4)]
         for bits in (8, 4):
             weights = list(quantized_copies(shape, bits, clock.device))
+            sizes = (shape, bits, len(weights), clock.device)
+            peers = [peer_or_failing(make, *sizes) for make in (products_of_torch, products_of_bitsandbytes)]
             for m in ROWS:
-                yield timed_product(
-                    clock, name, bits, torch.randn(m, shape[1], device=clock.device).half(), weights, plain
-                )
+                x = torch.randn(m, shape[1], device=clock.device).half()
+                yield timed_product(clock, name, bits, x, weights, plain, peers)
 
 
-def timed_product(clock: Clock, name: str, bits: int, x: Tensor, weights: list, plain: list[Tensor]) -> Product:
+def timed_product(
+    clock: Clock, name: str, bits: int, x: Tensor, weights: list, plain: list[Tensor], peers: list
+) -> Product:
     def fused(i: int) -> Tensor:
         return cuda_kernels.linear(x, *weights[i % len(weights)], bits)
 
@@ -172,6 +181,7 @@ def timed_product(clock: Clock, name: str, bits: int, x: Tensor, weights: list, 
         return F.linear(x, cuda_kernels.dequantize(*weights[i % len(weights)], bits, x.dtype))
 
     is_fused = x.shape[0] <= cuda_kernels.FUSED_ROWS
+    of_torch, of_bitsandbytes = (seconds_of_peer(clock, peer, x) for peer in peers)
     return Product(
         matrix=name,
         bits=bits,
@@ -179,19 +189,81 @@ def timed_product(clock: Clock, name: str, bits: int, x: Tensor, weights: list, 
         fused=clock.seconds(fused) if is_fused else None,
         dequantized=clock.seconds(dequantized),
         plain=clock.seconds(lambda i: F.linear(x, plain[i % len(plain)])),
+        of_torch=of_torch,
+        of_bitsandbytes=of_bitsandbytes,
         bytes=weights[0][0].numel(),
     )
 
 
+Peer = Callable[[int, Tensor], Tensor]  # product number i with these rows
+
+
+def products_of_torch(shape: tuple[int, int], bits: int, count: int, device: torch.device) -> Peer:
+    """PyTorch's own products with random weights of this format: bfloat16 with INT4, the type of x with INT8."""
+    rows, columns = shape
+    if bits == 8:
+        weights = [torch.randint(-128, 128, shape, dtype=torch.int8, device=device) for _ in range(count)]
+        scale = torch.rand(rows, device=device).to(torch.bfloat16)
+        return lambda i, x: torch._weight_int8pack_mm(x.to(torch.bfloat16), weights[i % count], scale)
+    packed = [torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, device=device) for _ in range(count)]
+    tiles = [torch._convert_weight_to_int4pack(one, 8) for one in packed]
+    scales = torch.rand(columns // GROUP, rows, 2, device=device).to(torch.bfloat16)
+    return lambda i, x: torch._weight_int4pack_mm(x.to(torch.bfloat16), tiles[i % count], GROUP, scales)
+
+
+def products_of_bitsandbytes(shape: tuple[int, int], bits: int, count: int, device: torch.device) -> Peer:
+    """bitsandbytes' layers with random weights: NF4, and LLM.int8 without outliers."""
+    import bitsandbytes
+
+    rows, columns = shape
+    kinds = {
+        4: lambda: bitsandbytes.nn.Linear4bit(columns, rows, bias=False, compute_dtype=torch.float16),
+        8: lambda: bitsandbytes.nn.Linear8bitLt(columns, rows, bias=False, has_fp16_weights=False),
+    }
+    layers = [kinds[bits]().half().to(device) for _ in range(count)]
+    return lambda i, x: layers[i % count](x)
+
+
+def peer_or_failing(make: Callable[..., Peer], *sizes) -> Peer:
+    try:
+        return make(*sizes)
+    except Exception as error:  # missing, or too old, or not for this GPU
+        reason = error
+
+    def fails(i: int, x: Tensor) -> Tensor:
+        raise reason
+
+    return fails
+
+
+@torch.inference_mode()
+def seconds_of_peer(clock: Clock, peer: Peer, x: Tensor) -> float | None:
+    try:
+        peer(0, x)
+        return clock.seconds(lambda i: peer(i, x))
+    except Exception as error:  # whatever a peer raises: named once, and the others go on
+        name_once(f"{type(error).__name__}: {str(error).splitlines()[0]}")
+        return None
+
+
+@functools.cache
+def name_once(what: str) -> None:
+    print(f"(a peer does not run: {what})")
+
+
 def product_table(measured: Iterator[Product], bandwidth: float) -> Iterator[str]:
-    yield "| matrix | bits | rows | fused µs | GB/s | of a copy | dequantize + matmul µs | 16-bit matmul µs |"
-    yield "|---" * 8 + "|"
+    yield (
+        "| matrix | bits | rows | fused µs | GB/s | of a copy | dequantize + matmul µs | 16-bit matmul µs "
+        "| PyTorch's own µs | bitsandbytes µs |"
+    )
+    yield "|---" * 10 + "|"
     for product in measured:
         fused = ["–"] * 3
         if product.fused is not None:
             speed = product.bytes / product.fused
             fused = [f"{product.fused * 1e6:.1f}", f"{speed / 1e9:.0f}", f"{speed / bandwidth:.0%}"]
-        others = [f"{product.dequantized * 1e6:.1f}", f"{product.plain * 1e6:.1f}"]
+        others = [product.dequantized, product.plain, product.of_torch, product.of_bitsandbytes]
+        others = ["–" if seconds is None else f"{seconds * 1e6:.1f}" for seconds in others]
         yield "| " + " | ".join([product.matrix, str(product.bits), str(product.rows), *fused, *others]) + " |"
 
 
@@ -233,25 +305,34 @@ def random_model(bits: int, device: torch.device, **sizes):
 
 
 @torch.inference_mode()
-def tokens_per_second(model, clock: Clock, context: int) -> float:
-    """Of decoding alone, greedy: the time of a long answer less the time of a short one."""
+def seconds_of_answers(model, clock: Clock, sequences: int, context: int, tokens: int) -> float:
+    """Of `tokens` greedy tokens after prompts of `context` tokens, the prompts included."""
     config = model.config
-    prompt = torch.randint(100, 1000, (1, context - 2), device=clock.device)
-    ends = torch.tensor([[config.gmask_token_id, config.bos_token_id]], device=clock.device)
-    prompt = torch.cat((prompt, ends), dim=1)
-    times = []
-    for length in (NEW_TOKENS, 2, NEW_TOKENS):  # the first is to warm up
-        clock.synchronize()
-        began = time.perf_counter()
-        model.generate(prompt, do_sample=False, min_length=context + length, max_length=context + length)
-        clock.synchronize()
-        times.append(time.perf_counter() - began)
-    return (NEW_TOKENS - 2) / (times[2] - times[1])
+    prompt = torch.randint(100, 1000, (sequences, context), device=clock.device)
+    prompt[:, -2:] = torch.tensor([config.gmask_token_id, config.bos_token_id], device=clock.device)
+    clock.synchronize()
+    began = time.perf_counter()
+    model.generate(prompt, do_sample=False, min_length=context + tokens, max_length=context + tokens)
+    clock.synchronize()
+    return time.perf_counter() - began
+
+
+def tokens_per_second(model, clock: Clock, sequences: int, context: int) -> float:
+    """Of decoding alone: the time of long answers less the time of short ones, the first of each to warm up."""
+    times = [seconds_of_answers(model, clock, sequences, context, tokens) for tokens in (NEW_TOKENS, 2, NEW_TOKENS)]
+    return sequences * (NEW_TOKENS - 2) / (times[2] - times[1])
+
+
+def seconds_of_prompt(model, clock: Clock, length: int) -> float:
+    return median(seconds_of_answers(model, clock, 1, length, 1) for _ in range(4))
 
 
 def model_table(clock: Clock, free: float, **sizes) -> Iterator[str]:
-    yield "| weights | products | " + " | ".join(f"tokens/s at {context}" for context in CONTEXTS) + " | peak GB |"
-    yield "|---" * (3 + len(CONTEXTS)) + "|"
+    """Of each way to store and to multiply the weights: tokens/s, seconds of prompts, memory."""
+    heads = [f"{sequences} x {context}: tokens/s" for sequences, context in DECODED]
+    heads += [f"prompt of {length}: ms" for length in PROMPTS]
+    yield "| weights | products | " + " | ".join(heads) + " | peak GB |"
+    yield "|---" * (3 + len(heads)) + "|"
     for bits, kind in (
         (16, "matmul"),
         (8, "fused"),
@@ -262,16 +343,19 @@ def model_table(clock: Clock, free: float, **sizes) -> Iterator[str]:
         if free < MODEL_BYTES[bits] and not sizes:
             yield f"| {bits} bits | skipped: {free / 1e9:.1f} GB free, {MODEL_BYTES[bits] / 1e9:.1f} needed |"
             continue
-        on_gpu = clock.device.type == "cuda"
-        if on_gpu:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(clock.device)
-        model = random_model(bits, clock.device, **sizes)
-        with fused_rows(cuda_kernels.FUSED_ROWS if kind == "fused" else 0):
-            speeds = [f"{tokens_per_second(model, clock, context):.1f}" for context in CONTEXTS]
-        peak = torch.cuda.max_memory_allocated(clock.device) / 1e9 if on_gpu else 0
-        yield f"| {bits} bits | {kind} | " + " | ".join(speeds) + f" | {peak:.1f} |"
-        del model
+        yield f"| {bits} bits | {kind} | " + " | ".join(model_figures(clock, bits, kind, **sizes)) + " |"
+
+
+def model_figures(clock: Clock, bits: int, kind: str, **sizes) -> list[str]:
+    on_gpu = clock.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(clock.device)
+    model = random_model(bits, clock.device, **sizes)
+    with fused_rows(cuda_kernels.FUSED_ROWS if kind == "fused" else 0):
+        figures = [f"{tokens_per_second(model, clock, *decoded):.1f}" for decoded in DECODED]
+        figures += [f"{1e3 * seconds_of_prompt(model, clock, length):.1f}" for length in PROMPTS]
+    return [*figures, f"{torch.cuda.max_memory_allocated(clock.device) / 1e9 if on_gpu else 0:.1f}"]
 
 
 @contextlib.contextmanager

@@ -746,11 +746,12 @@ def test_a_rocm_build_of_pytorch_is_named(monkeypatch):
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
+def gpu_benchmark(monkeypatch):
     """The benchmark in small, where there is no GPU to ask."""
     monkeypatch.syspath_prepend(str(Path(cuda_kernels.__file__).parent / "benchmarks"))
     module = importlib.import_module("gpu_quantization")
-    small = {"CALLS": 2, "REPEATS": 2, "NEW_TOKENS": 4, "CONTEXTS": (8,), "ROWS": (1, 32), "BEYOND_CACHE": 2**20}
+    small = {"CALLS": 2, "REPEATS": 2, "NEW_TOKENS": 4, "DECODED": ((2, 8),), "PROMPTS": (8,), "ROWS": (1, 32)}
+    small["BEYOND_CACHE"] = 2**20
     for name, value in {**small, "MATRICES": {"small": (8, 64)}, "CHECKED_SHAPES": ((4, 64),)}.items():
         monkeypatch.setattr(module, name, value)
     gpu = SimpleNamespace(name="Emulated GPU", major=8, minor=0, multi_processor_count=1, total_memory=1e9)
@@ -770,8 +771,8 @@ def test_without_a_gpu_the_benchmark_says_so_in_one_line_and_exits_with_2():
 
 
 @needs_compilers
-def test_the_benchmark_reports_the_device_its_numbers_and_every_way_of_a_product(kernels, benchmark, capsys):
-    assert benchmark.report(benchmark.Clock(torch.device("cpu"), eager=False), skip_model=True) == 0
+def test_the_benchmark_reports_the_device_its_numbers_and_every_way_of_a_product(kernels, gpu_benchmark, capsys):
+    assert gpu_benchmark.report(gpu_benchmark.Clock(torch.device("cpu"), eager=False), skip_model=True) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("Emulated GPU, sm_80, 1 SMs, 1.0 GB; torch ")
     assert "Compression, extraction and products: right" in lines
@@ -782,18 +783,18 @@ def test_the_benchmark_reports_the_device_its_numbers_and_every_way_of_a_product
 
 
 @needs_compilers
-def test_the_benchmark_finds_wrong_numbers_and_exits_with_1(kernels, benchmark, monkeypatch, capsys):
+def test_the_benchmark_finds_wrong_numbers_and_exits_with_1(kernels, gpu_benchmark, monkeypatch, capsys):
     linear = cuda_kernels.linear
     monkeypatch.setattr(cuda_kernels, "linear", lambda *arguments: linear(*arguments) * 1.01)
-    assert benchmark.report(benchmark.Clock(torch.device("cpu"), eager=False), skip_model=True) == 1
+    assert gpu_benchmark.report(gpu_benchmark.Clock(torch.device("cpu"), eager=False), skip_model=True) == 1
     assert "WRONG: product of 1 rows, INT4 float16 4 x 64" in capsys.readouterr().out
 
 
 @needs_compilers
-def test_the_benchmark_decodes_with_the_model_in_every_way(seam_on_cpu, benchmark):
-    clock = benchmark.Clock(torch.device("cpu"), eager=True)
+def test_the_benchmark_decodes_with_the_model_in_every_way(seam_on_cpu, gpu_benchmark):
+    clock = gpu_benchmark.Clock(torch.device("cpu"), eager=True)
     sizes = {"num_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "inner_hidden_size": 128}
-    lines = list(benchmark.model_table(clock, 0, **sizes))
+    lines = list(gpu_benchmark.model_table(clock, 0, **sizes))
     assert [line.split(" | ")[:2] for line in lines[2:]] == [
         ["| 16 bits", "matmul"],
         ["| 8 bits", "fused"],
