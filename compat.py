@@ -16,6 +16,7 @@ import inspect
 import json
 import os
 import re
+import sys
 import threading
 import weakref
 import zipfile
@@ -29,6 +30,8 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import is_accelerate_available, logging
+
+from .configuration_chatglm import warn_once
 
 try:  # 4.25
     from transformers import GenerationMixin
@@ -404,6 +407,40 @@ def fill_missing(model: PreTrainedModel) -> None:
         module._parameters.update(loaded)
     if missing:
         logger.warning(f"newly initialized, because the checkpoint has none: {', '.join(missing)}")
+
+
+# Code files of this process, as they were when they were first looked at; kept where this file is run again (4.4x).
+_imported: dict[tuple, bytes] = globals().get("_imported", {})
+
+
+def warn_of_other_code(folder) -> None:
+    """Says so where a folder is served by code that is not its own: in a process transformers imports code once for
+    each name of a folder (below 4.27: once at all), and serves all folders of that name with it, wholly or in part.
+    Its copy of the files is no witness, since the second folder's are copied over the first one's."""
+    package = __name__.rpartition(".")[0] + "."
+    if not package.startswith("transformers_modules.") or not os.path.isdir(folder):
+        return
+    differing = []
+    for name, module in list(sys.modules.items()):
+        if name.startswith(package):
+            file = os.path.basename(module.__file__)
+            run = (name, getattr(module, "__transformers_module_hash__", None))
+            imported = _imported.setdefault(run, read_or_nothing(module.__file__))
+            if read_or_nothing(os.path.join(folder, file)) not in (b"", imported):
+                differing.append(file)
+    if differing:
+        warn_once(
+            f"{folder} is served by the code of another folder, whose {', '.join(sorted(differing))} this process has "
+            "imported before: load it in a process of its own, or give the folder a name of its own (and use "
+            "transformers 4.27 or later)"
+        )
+
+
+def read_or_nothing(path: str) -> bytes:
+    if not os.path.isfile(path):
+        return b""
+    with open(path, "rb") as file:
+        return file.read()
 
 
 # In the order in which transformers looks for them.

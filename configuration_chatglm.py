@@ -11,9 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import os
 import re
-import sys
 
 from transformers.configuration_utils import PretrainedConfig
 
@@ -22,45 +20,18 @@ logger = logging.getLogger(__name__)
 CODE_VERSION = "2.0.0"  # of all code files of a folder; written into its config.json as `code_version`
 IMAGE_TOKENS = 20000  # rows that the first release reserved in front of every text token
 MASK, GMASK, SOP, EOP, PAD = 130000, 130001, 130004, 130005, 3  # ids in the released slim vocabulary
-GROUP_SIZES = (0, 32, 64, 128)
 LATER_GENERATIONS = ("multi_query_attention", "padded_vocab_size", "ffn_hidden_size", "kv_channels", "rmsnorm")
 
-
-def is_natural(value, least: int, most: int) -> bool:
-    return type(value) is int and least <= value <= most  # True is no number here
-
-
-def whole(most: int) -> tuple:
-    return lambda value: is_natural(value, 1, most), f"give a whole number from 1 to {most}"
-
-
-def positive(released: str) -> tuple:
-    return lambda value: type(value) in (int, float) and 0 < value < math.inf, f"give a number above 0, as {released}"
-
-
-def choice(*values) -> tuple:  # 1 is not True, and 8.0 not 8
-    return lambda value: any(type(value) is type(one) and value == one for one in values), f"use one of {values}"
-
-
-SWITCH = (lambda value: isinstance(value, bool), "give True or False (in JSON true or false)")
-TOKEN = (lambda value: True, "")  # judged by the size of the vocabulary, see check_tokens
-PREFIX = (
-    lambda value: value is None or is_natural(value, 1, 2**20),
-    f"give a prefix length from 1 to {2**20}, or None for no prefix",
-)
-VERSION = (
-    lambda value: isinstance(value, str) and bool(re.fullmatch(r"\d{1,6}(\.\d{1,6}){0,3}", value)),
-    f"give a version such as {CODE_VERSION!r}",
-)
-FIELDS = {  # name: (default, (test, cure))
-    "vocab_size": (130528, whole(2**24)),
-    "hidden_size": (4096, whole(2**20)),
-    "num_layers": (28, whole(2**12)),
-    "num_attention_heads": (32, whole(2**16)),
-    "inner_hidden_size": (16384, whole(2**22)),
-    "layernorm_epsilon": (1e-5, positive("1e-5")),
-    "residual_scale": (56**0.5, positive("sqrt(56)")),
-    "max_sequence_length": (2048, whole(2**31 - 1)),
+SWITCH, TOKEN, POSITIVE, VERSION = (True, False), "token", "positive", re.compile(r"\d{1,6}(\.\d{1,6}){0,3}")
+FIELDS = {  # name: (default, rule); the rule is a largest whole number, all values there are, or one of those above
+    "vocab_size": (130528, 2**24),
+    "hidden_size": (4096, 2**20),
+    "num_layers": (28, 2**12),
+    "num_attention_heads": (32, 2**16),
+    "inner_hidden_size": (16384, 2**22),
+    "layernorm_epsilon": (1e-5, POSITIVE),
+    "residual_scale": (56**0.5, POSITIVE),
+    "max_sequence_length": (2048, 2**31 - 1),
     "position_encoding_2d": (True, SWITCH),
     "use_cache": (True, SWITCH),
     "tie_word_embeddings": (True, SWITCH),
@@ -69,11 +40,11 @@ FIELDS = {  # name: (default, (test, cure))
     "mask_token_id": (None, TOKEN),
     "gmask_token_id": (None, TOKEN),
     "pad_token_id": (PAD, TOKEN),
-    "quantization_bit": (0, choice(0, 4, 8)),
-    "quantization_group_size": (0, choice(*GROUP_SIZES)),
-    "quantize_head": (False, choice(False, True, 0, 4, 8)),
+    "quantization_bit": (0, (0, 4, 8)),
+    "quantization_group_size": (0, (0, 32, 64, 128)),
+    "quantize_head": (False, (False, True, 0, 4, 8)),
     "quantize_activations": (False, SWITCH),
-    "pre_seq_len": (None, PREFIX),
+    "pre_seq_len": (None, 2**20),
     "prefix_projection": (False, SWITCH),
     "code_version": (CODE_VERSION, VERSION),
 }
@@ -127,7 +98,7 @@ class ChatGLMConfig(PretrainedConfig):
         derived = {"mask_token_id": sop - (SOP - MASK), "gmask_token_id": sop - (SOP - GMASK)}
         derived.update({name: FIELDS[name][0] for name in ("residual_scale", "code_version")})
         official = kwargs.pop("quantization_embeddings", False)
-        check("quantization_embeddings", official, SWITCH[0](official), SWITCH[1])
+        check("quantization_embeddings", official, type(official) is bool, f"use one of {SWITCH}")
         if official and fields["quantize_head"] is False:
             fields["quantize_head"] = fields["quantization_bit"]
         for name, value in fields.items():
@@ -155,8 +126,8 @@ class ChatGLMConfig(PretrainedConfig):
 
     def check_values(self) -> None:
         """Raises a ValueError that names field, value and cure where no model can be built."""
-        for name, (_, (test, cure)) in FIELDS.items():
-            check(name, getattr(self, name), test(getattr(self, name)), cure)
+        for name in FIELDS:
+            check_field(name, getattr(self, name))
         heads, parts = self.num_attention_heads, 4 if self.position_encoding_2d else 2
         whole_heads = self.hidden_size % heads == 0
         check("num_attention_heads", heads, whole_heads, f"it must divide hidden_size = {self.hidden_size}")
@@ -174,10 +145,27 @@ class ChatGLMConfig(PretrainedConfig):
             check(
                 name,
                 value,
-                spared or all(is_natural(token, 0, self.vocab_size - 1) for token in ids),
+                spared or all(type(token) is int and 0 <= token < self.vocab_size for token in ids),
                 f"ids run from 0 to vocab_size - 1 = {self.vocab_size - 1}; slim checkpoints use {MASK} [MASK], "
                 f"{GMASK} [gMASK], {SOP} <sop>, {EOP} <eop>, {PAD} <pad>, full ones {IMAGE_TOKENS} more",
             )
+
+
+def check_field(name: str, value) -> None:
+    """ValueError for a value that no model can have in this field, whatever the others are."""
+    default, rule = FIELDS[name]
+    if type(rule) is int:
+        good, cure = type(value) is int and 1 <= value <= rule, f"give a whole number from 1 to {rule}"
+        good, cure = (good or value is None, f"{cure}, or None") if default is None else (good, cure)
+    elif type(rule) is tuple:  # 1 is not True, and 8.0 not 8
+        good, cure = any(type(value) is type(one) and value == one for one in rule), f"use one of {rule}"
+    elif rule is POSITIVE:
+        good, cure = type(value) in (int, float) and 0 < value < math.inf, f"give a number above 0, as {default}"
+    elif rule is VERSION:
+        good, cure = isinstance(value, str) and rule.fullmatch(value), f"give a version such as {default!r}"
+    else:  # judged by the size of the vocabulary, see check_tokens
+        return
+    check(name, value, good, cure)
 
 
 def check(field: str, value, good: bool, cure: str) -> None:
@@ -197,45 +185,9 @@ def newer_version(asked: str) -> str:
     return asked
 
 
-# Code files of this process, as they were when they were first looked at; kept where this file is run again (4.4x).
-_imported: dict[tuple, bytes] = globals().get("_imported", {})
-
-
-def warn_of_other_code(folder) -> None:
-    """Says so where a folder is served by code that is not its own: in a process transformers imports code once for
-    each name of a folder (below 4.27: once at all), and serves all folders of that name with it, wholly or in part.
-    Its copy of the files is no witness, since the second folder's are copied over the first one's."""
-    package = __name__.rpartition(".")[0] + "."
-    if not package.startswith("transformers_modules.") or not os.path.isdir(folder):
-        return
-    differing = []
-    for name, module in list(sys.modules.items()):
-        if name.startswith(package):
-            file, run = (
-                os.path.basename(module.__file__),
-                (name, getattr(module, "__transformers_module_hash__", None)),
-            )
-            imported = _imported.setdefault(run, read_or_nothing(module.__file__))
-            if read_or_nothing(os.path.join(folder, file)) not in (b"", imported):
-                differing.append(file)
-    if differing:
-        warn_once(
-            f"{folder} is served by the code of another folder, whose {', '.join(sorted(differing))} this process has "
-            "imported before: load it in a process of its own, or give the folder a name of its own (and use "
-            "transformers 4.27 or later)"
-        )
-
-
 @functools.cache
 def warn_once(message: str) -> None:
     logger.warning(message)
-
-
-def read_or_nothing(path: str) -> bytes:
-    if not os.path.isfile(path):
-        return b""
-    with open(path, "rb") as file:
-        return file.read()
 
 
 def refuse_later_generations(fields: dict) -> None:

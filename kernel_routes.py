@@ -68,8 +68,8 @@ def hint_at_engine(weights: str) -> None:
 
 def torch_functions() -> tuple:
     """What of PyTorch the kernels stand for."""
-    functions = (F.linear, F.layer_norm, F.gelu, F.scaled_dot_product_attention)
-    return (*functions, nn.Module.__call__, nn.Linear.forward, nn.LayerNorm.forward)
+    methods = (nn.Module.__call__, nn.Linear.forward, nn.LayerNorm.forward)
+    return (F.linear, F.layer_norm, F.gelu, F.scaled_dot_product_attention, *methods)
 
 
 def is_of_torch(function) -> bool:
@@ -79,9 +79,8 @@ def is_of_torch(function) -> bool:
 
 
 TORCH = tuple(function if is_of_torch(function) else None for function in torch_functions())
-_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 # A name that disappears counts as a hook: then plain PyTorch serves, and a test fails.
-GLOBAL_HOOKS = [getattr(modules_of_torch, name, True) for name in _HOOKS]
+GLOBAL_HOOKS = [getattr(modules_of_torch, f"_global_forward_{kind}hooks", True) for kind in ("", "pre_")]
 
 
 def is_watched() -> bool:
@@ -97,7 +96,8 @@ def is_watched() -> bool:
 
 def is_altered(module: nn.Module) -> bool:
     """Whether calling the module does anything else than its class says."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    hooks = module._forward_hooks or module._forward_pre_hooks or any(GLOBAL_HOOKS)
+    return bool(hooks or "forward" in module.__dict__)
 
 
 # ---- Products -------------------------------------------------------------------------------------------------------
@@ -181,8 +181,7 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
         return layer(x)
     weight, bias = layer.weight, layer.bias
     trained = any(tensor is not None and tensor.requires_grad for tensor in (x, weight, bias))
-    altered = is_altered(layer) or any(GLOBAL_HOOKS) or is_watched()
-    if weight.dtype != x.dtype or altered or (trained and torch.is_grad_enabled()):
+    if weight.dtype != x.dtype or is_altered(layer) or is_watched() or (trained and torch.is_grad_enabled()):
         return layer(x)
     hint_at_engine("16-bit")
     y = by_engine("linear", x.reshape(-1, x.shape[-1]).contiguous(), weight, None, 16, bias)
@@ -199,7 +198,8 @@ def product_of_torch(x, weight, scale, bits, bias, copies) -> Tensor | None:
     mapped file; INT4, up to INT4_ROWS rows, with a copy of the weight in the order that PyTorch wants; else None.
     """
     if bits == 8 and len(x) <= INT8_ROWS and scale.dim() == 1 and hasattr(torch, "_weight_int8pack_mm"):
-        aligned = weight if weight.data_ptr() % ALIGNMENT == 0 else kept_copy(copies, weight, scale, aligned_copy)
+        is_aligned = weight.data_ptr() % ALIGNMENT == 0
+        aligned = weight if is_aligned else kept_copy(copies, weight, scale, lambda weight, scale: weight.clone())
         if aligned is None:
             return None
         y = torch._weight_int8pack_mm(x.bfloat16(), aligned, scale.new_ones(len(scale), dtype=torch.bfloat16))
@@ -222,16 +222,12 @@ def kept_copy(copies: dict | None, weight: Tensor, scale: Tensor, make):
         return None
     versions, of = (weight._version, scale._version), (weight.data, scale.data)
     state = (versions, *((tensor.data_ptr(), tensor.shape) for tensor in of))
-    kept = copies.get(make)
+    kept = copies.get("copy")
     if kept is None or kept[0] != state:
         copies.clear()  # before there is a second one
         with torch.inference_mode(False), torch.no_grad():
-            kept = copies[make] = (state, make(*of), of)  # as long as `of` lives, nothing else gets its memory
+            kept = copies["copy"] = (state, make(*of), of)  # as long as `of` lives, nothing else gets its memory
     return kept[1]
-
-
-def aligned_copy(weight: Tensor, scale: Tensor) -> Tensor:
-    return weight.clone()
 
 
 def packed_copy(weight: Tensor, scale: Tensor) -> tuple[Tensor, int, Tensor]:
@@ -252,17 +248,16 @@ def has_int4_product() -> bool:
     """Whether this PyTorch has its INT4 product for CPUs and computes a small one right; if not, one line says so."""
     try:
         weight = torch.arange(INT4_BLOCK * 64, device="cpu").mul(167).to(torch.int8).view(INT4_BLOCK, 64)
-        x = torch.linspace(-1, 1, 128, dtype=torch.float32, device="cpu").bfloat16()[None]
         ones = torch.ones(INT4_BLOCK, 1, dtype=torch.float32, device="cpu")
+        x = torch.arange(-64, 64, device="cpu").bfloat16()[None]  # whole numbers: only the result is rounded
         y = torch._weight_int4pack_mm_for_cpu(x, *packed_copy(weight, ones))
-        exact, x = unpack_int4(weight).double(), x.double()
-        is_right = bool(((y - x @ exact.T).abs() <= 2.0**-7 * (x.abs() @ exact.abs().T)).all())
-        reason = "wrong numbers"
+        is_right = torch.equal(y, (x.double() @ unpack_int4(weight).double().T).bfloat16())
+        reason = None if is_right else "wrong numbers"
     except (AttributeError, RuntimeError) as error:
-        is_right, reason = False, error
-    if not is_right:
+        reason = error
+    if reason is not None:
         warn_once(f"INT4 weights are unpacked for each product: PyTorch's INT4 product does not serve ({reason})")
-    return is_right
+    return reason is None
 
 
 # ---- What stands between the products -------------------------------------------------------------------------------
@@ -296,7 +291,7 @@ def decode_step(blocks: nn.ModuleList, final_norm: nn.Module, hidden: Tensor, ro
     tokens, all of them visible, and gets this one; kinds: the classes of block, attention, MLP, and quantized layer.
     """
     on_cpu = type(hidden) is Tensor and hidden.device.type == "cpu" and isinstance(cache, GrowingCache)
-    if not on_cpu or torch.is_grad_enabled() or is_watched() or any(GLOBAL_HOOKS) or engine() is None:
+    if not on_cpu or torch.is_grad_enabled() or is_watched() or engine() is None:
         return None
     network = described(blocks, final_norm, kinds)
     if network is None or network.heads * network.head_size != hidden.shape[2]:
@@ -317,37 +312,31 @@ def decode_step(blocks: nn.ModuleList, final_norm: nn.Module, hidden: Tensor, ro
 def described(blocks: nn.ModuleList, final_norm: nn.Module, kinds: tuple[type, type, type, type]):
     """The network as the engine's `Network` wants it, tensors and numbers; None where calling the modules would do
     anything else than their classes say. Read at each step, so it takes no detours."""
-    block_kind, attention_kind, mlp_kind, quantized = kinds
+    *networks, quantized = kinds
     values, sizes = [], set()
 
-    def add(module, *kinds) -> None:
-        kind, own = type(module), module._parameters
-        if kind not in kinds or is_altered(module):
+    def add(kinds, *modules) -> None:
+        if any(type(module) not in kinds or is_altered(module) for module in modules):
             raise TypeError
-        if kind is nn.LayerNorm:
-            if module.normalized_shape != own["weight"].shape:
-                raise TypeError
-            values.extend((own["weight"], own["bias"], float(module.eps)))
-        elif kind is nn.Linear:
-            values.extend((own["weight"], own["bias"], None, 16))
-        elif kind is quantized:
-            values.extend((own["weight"], own["bias"], own["weight_scale"], module.bits))
+        for kind, own, module in ((type(module), module._parameters, module) for module in modules):
+            if kind is nn.LayerNorm:
+                values.extend((own["weight"], own["bias"], float(module.eps)))
+            elif kind is nn.Linear:
+                values.extend((own["weight"], own["bias"], None, 16))
+            elif kind is quantized:
+                values.extend((own["weight"], own["bias"], own["weight_scale"], module.bits))
 
     try:
         for block in blocks:
-            add(block, block_kind)
             attention, mlp = block.attention, block.mlp
-            add(attention, attention_kind)
-            add(mlp, mlp_kind)
+            add(networks, block, attention, mlp)
             sizes.add((attention.heads, attention.head_size))
             values.append(float(block.residual_scale))
-            add(block.input_layernorm, nn.LayerNorm)
-            add(attention.query_key_value, nn.Linear, quantized)
-            add(attention.dense, nn.Linear, quantized)
-            add(block.post_attention_layernorm, nn.LayerNorm)
-            add(mlp.dense_h_to_4h, nn.Linear, quantized)
-            add(mlp.dense_4h_to_h, nn.Linear, quantized)
-        add(final_norm, nn.LayerNorm)
+            add([nn.LayerNorm], block.input_layernorm)
+            add([nn.Linear, quantized], attention.query_key_value, attention.dense)
+            add([nn.LayerNorm], block.post_attention_layernorm)
+            add([nn.Linear, quantized], mlp.dense_h_to_4h, mlp.dense_4h_to_h)
+        add([nn.LayerNorm], final_norm)
     except (AttributeError, KeyError, TypeError):  # a module of another kind
         return None
     return engine().Network(*sizes.pop(), values) if len(sizes) == 1 else None

@@ -43,8 +43,9 @@ from .compat import (
     one_of,
     remember_geometry,
     take_back,
+    warn_of_other_code,
 )
-from .configuration_chatglm import ChatGLMConfig, warn_of_other_code, warn_once
+from .configuration_chatglm import ChatGLMConfig, warn_once
 from .cuda_kernels import linear as cuda_linear  # noqa: F401
 from .kernel_routes import attention, decode_step, gelu, linear, move_to_huge_pages
 from .quantization import (

@@ -22,7 +22,7 @@ from typing import Any, Union
 
 from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
 
-from .configuration_chatglm import IMAGE_TOKENS, warn_of_other_code
+from .configuration_chatglm import IMAGE_TOKENS
 from .sentencepiece_file import BLANKS, NEWLINE, TAB, VOCAB_FILE, read_complete
 
 logger = logging.getLogger(__name__)
@@ -156,7 +156,6 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         clean_up_tokenization_spaces: bool = False,
         **kwargs: Any,
     ) -> None:
-        warn_of_other_code(kwargs.get("name_or_path") or "")
         # transformers >= 4.34 asks for the vocabulary while its own __init__ runs
         self.sp, complete = read_complete(vocab_file or Path(kwargs.get("name_or_path") or "", VOCAB_FILE))
         self.vocab_file = vocab_file

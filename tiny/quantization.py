@@ -13,18 +13,17 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm  # a dependency of transformers
 
-from .configuration_chatglm import GROUP_SIZES
+from .configuration_chatglm import check_field
 from .cuda_kernels import quantize as cuda_quantize
 from .kernel_routes import FrozenProduct, dequantize_weight, dequantized, product, unpack_int4, warn_once  # noqa: F401
 
 LARGEST = {4: 7, 8: 127}
 SEARCH_FACTORS = [1 - step / 40 for step in range(17)]  # of the largest value, when the scale is searched: 1.0 ... 0.6
-# Arguments of the official quantize() that would change nothing here, and why.
-WITHOUT_MEANING = {
-    "empty_init": "weights are quantized where they are",
-    "kernel_file": "kernels are compiled for the machine at their first use",
-    "use_quantization_cache": "weights are never unpacked as a whole",
-}
+WITHOUT_MEANING = (
+    "empty_init",
+    "kernel_file",
+    "use_quantization_cache",
+)  # of the arguments of the official quantize()
 
 
 # ---- The format: pure functions -------------------------------------------------------------------------------------
@@ -209,7 +208,7 @@ def quantize_model(
         quantize_activations: as in ChatGLMConfig; a switch that may be turned again at any time. None leaves it.
         progress: a progress bar; by default for models of a billion parameters and more.
         quantize_embeddings: the official name for `quantize_head=bits`.
-        official: arguments of the official quantize() that mean nothing here (WITHOUT_MEANING) are accepted.
+        official: those of the official quantize() that change nothing here are taken, with a warning.
 
     Returns:
         the model itself.
@@ -219,7 +218,11 @@ def quantize_model(
             offloaded; the model stays as it was.
         TypeError: another argument.
     """
-    accept_official(official)
+    for name, value in official.items():
+        if name not in WITHOUT_MEANING:
+            raise TypeError(f"quantize() got an unexpected keyword argument {name!r}")
+        if value:
+            warn_once(f"quantize({name}={value!r}) has no effect here")
     quantize_head = quantize_head or (bits if quantize_embeddings else False)
     check_request(model.config, bits, group_size, quantize_head, quantize_activations)
     if bits and not model.config.quantization_bit:
@@ -232,32 +235,18 @@ def quantize_model(
     return model
 
 
-def accept_official(arguments: dict) -> None:
-    for name, value in arguments.items():
-        if name not in WITHOUT_MEANING:
-            raise TypeError(f"quantize() got an unexpected keyword argument {name!r}")
-        if value:
-            warn_once(f"quantize({name}={value!r}) has no effect here: {WITHOUT_MEANING[name]}")
-
-
 def check_request(config, bits, group_size, quantize_head, quantize_activations) -> None:
-    """ValueError for values that quantize() does not know, and for another format than the model has already."""
-    if type(bits) is not int or bits not in (0, *LARGEST):
-        raise ValueError(f"quantize({bits!r}): use 8, 4, or 0 for no quantization")
-    if quantize_activations not in (None, False, True):
-        raise ValueError(f"quantize(quantize_activations={quantize_activations!r}): use False, True, or None")
-    known = type(group_size) is int and group_size in GROUP_SIZES  # 8.0 and False would be saved, and not load
-    if not known or not (type(quantize_head) is bool or (type(quantize_head) is int and quantize_head in (4, 8))):
-        raise ValueError(
-            f"quantize(group_size={group_size!r}, quantize_head={quantize_head!r}): group_size is one of "
-            f"{GROUP_SIZES}, quantize_head False, True, 4 or 8"
-        )
+    """ValueError for values that a configuration may not have, and for another format than the model has already."""
+    check_field("quantization_bit", bits)
+    check_field("quantization_group_size", group_size)
+    check_field("quantize_head", quantize_head)
+    check_field("quantize_activations", False if quantize_activations is None else quantize_activations)
+    asked = (bits, group_size, quantize_head)
     present = (config.quantization_bit, config.quantization_group_size, config.quantize_head)
-    if bits and present[0] and (bits, group_size, quantize_head) not in (present, (present[0], 0, False)):
+    if bits and present[0] and asked not in (present, (present[0], 0, False)):
         raise ValueError(
-            f"quantize(bits={bits}, group_size={group_size}, quantize_head={quantize_head}): the model is quantized "
-            f"already (bits={present[0]}, group_size={present[1]}, quantize_head={present[2]}); load the 16-bit one "
-            "again"
+            f"quantize(bits, group_size, quantize_head = {asked}): the model is quantized already, by {present}; load "
+            "the 16-bit one again"
         )
 
 
