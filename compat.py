@@ -367,6 +367,13 @@ class VersionedModel(PreTrainedModel):
         custom_object_save(self, save_directory, config=self.config)
         return None
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """Overridden (4.57 to 5.24) because its paged cache knows causal masks alone."""
+        raise NotImplementedError(
+            "generate_batch, paged caches and `serve --continuous-batching` read a prompt in pieces and causally; a "
+            "ChatGLM prompt is read as a whole, in both directions: give generate() a padded batch"
+        )
+
     def _set_gradient_checkpointing(
         self, enable=True, gradient_checkpointing_func=checkpoint.checkpoint, every_n_layers: int = 1, **old
     ):

@@ -460,6 +460,20 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         return self.sp.decode_pieces([WHITESPACE.get(token, token) for token in tokens])
 
+    @property
+    def _tokenizer(self) -> Any:
+        """`decode` as an object of the library tokenizers, whose DecodeStream makes the text of `transformers serve`
+        (5.23, 5.24). It encodes nothing."""
+        from tokenizers import Tokenizer, decoders, models
+
+        def texts(tokens: list[str]) -> list[str]:
+            return [self.decode(self.convert_tokens_to_ids(tokens), clean_up_tokenization_spaces=False)]
+
+        twin = Tokenizer(models.WordLevel(self.get_vocab()))
+        twin.add_special_tokens([str(token) for token in self.all_special_tokens])
+        twin.decoder = decoders.Decoder.custom(SimpleNamespace(decode_chain=texts))
+        return twin
+
     # ---- files -----------------------------------------------------------------------------------------------
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
         """Write the complete `ice_text.model` into a folder, or to a file: what is no folder yet is a file."""

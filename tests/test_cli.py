@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-import select
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from terminal import Terminal
 from test_compat import make_folder
 
 import cli_chat
@@ -36,57 +35,6 @@ def endless(tmp_path_factory, golden, tiny_sp_model) -> Path:
 
 def command(model: Path, *options: str) -> list[str]:
     return [sys.executable, str(ROOT / "cli_chat.py"), "--model", str(model), "--device", "cpu", "--greedy", *options]
-
-
-class Terminal:
-    """The program on a pseudo-terminal."""
-
-    def __init__(self, argv: list[str], **environment: str):
-        import pty
-
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell ignores for its background jobs
-            os.environ.update(
-                TERM="xterm-256color", LANG="C.UTF-8", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", **environment
-            )
-            os.execv(argv[0], argv)
-        self.seen = ""
-        self.raw = b""
-
-    def type(self, keys: str | bytes) -> None:
-        os.write(self.fd, keys if isinstance(keys, bytes) else keys.encode())
-
-    def read(self, timeout: float) -> bool:
-        """Take in what is there; False at the end of the program's output."""
-        if select.select([self.fd], [], [], timeout)[0]:
-            try:
-                piece = os.read(self.fd, 65536)
-            except OSError:  # Linux says EIO when the other end is closed
-                return False
-            self.raw += piece
-            self.seen = self.raw.decode(errors="ignore").replace("\r\n", "\n")
-            return bool(piece)
-        return True
-
-    def wait_for(self, text: str, after: int = 0, timeout: float = 60) -> int:
-        """Wait until `text` is on the screen after position `after`; returns the position behind it."""
-        deadline = time.monotonic() + timeout
-        while text not in self.seen[after:]:
-            assert time.monotonic() < deadline, f"no {text!r} in {self.seen[after:]!r}"
-            assert self.read(0.2) or text in self.seen[after:], f"ended without {text!r}: {self.seen[after:]!r}"
-        return self.seen.index(text, after) + len(text)
-
-    def exit_code(self, timeout: float = 30) -> int:
-        deadline = time.monotonic() + timeout
-        while time.monotonic() < deadline:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                return os.waitstatus_to_exitcode(status)
-            self.read(0.1)
-        os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
-        raise AssertionError(f"still running: {self.seen[-300:]!r}")
 
 
 def test_a_conversation_in_a_terminal(talker):

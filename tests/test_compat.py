@@ -703,6 +703,19 @@ def test_prompt_lookup_decoding(base_model, cases):
     assert all(ids.shape[1] <= 1 + 3 for ids in seen[1:])
 
 
+@pytest.mark.skipif(
+    not hasattr(getattr(transformers, "GenerationMixin", None), "generate_batch"),
+    reason="transformers 4.57 has the first",
+)
+def test_continuous_batching_is_refused_with_the_cure(base_model):
+    for ask in (
+        lambda: base_model.generate_batch([[5, 6, 7]], max_new_tokens=2),
+        lambda: base_model.init_continuous_batching(),
+    ):
+        with pytest.raises(NotImplementedError, match=r"in both directions: give generate\(\) a padded batch"):
+            ask()
+
+
 @pytest.mark.parametrize("by_path", [False, True])
 def test_text_generation_pipeline(by_path, talker, talker_model, base_tokenizer, cases):
     parameters = inspect.signature(transformers.TextGenerationPipeline.preprocess).parameters

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 import pytest
+import transformers
 from chatglm_slim import configuration_chatglm
 from chatglm_slim.configuration_chatglm import CODE_VERSION, ChatGLMConfig
 
@@ -23,6 +24,14 @@ def test_defaults_are_the_released_slim_model():
             assert getattr(config, field) == value, field
     assert (config.vocab_size, config.num_image_tokens) == (130528, 0)
     assert config.residual_scale == 56**0.5
+
+
+def test_the_architecture_is_a_name_that_transformers_has_whatever_the_file_says():
+    """`transformers serve` looks it up there, also for folders that save_pretrained wrote the class's name into."""
+    assert json.loads((ROOT / "config.json").read_text())["architectures"] == ["ChatGLMForConditionalGeneration"]
+    for path in (ROOT, ROOT / "tiny"):
+        (name,) = ChatGLMConfig.from_pretrained(path).architectures
+        assert hasattr(transformers, name)
 
 
 def test_standard_names_reach_the_official_fields():

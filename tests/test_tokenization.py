@@ -29,6 +29,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import decoders
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizer
 
 from package import copy_package
@@ -895,6 +896,41 @@ def test_what_prints_nothing_does_not_break_a_character(tiny):
     for between in ([tiny.pad_token_id], [tiny.vocab_size, -100], [tiny.pad_token_id] * 3):
         assert tiny.decode([first, *between, *others]) == "龘"
     assert tiny.decode([first, tiny.eos_token_id, *others], skip_special_tokens=True) == "龘"
+
+
+# ---- streams -------------------------------------------------------------------------------------------------
+def streamed(twin, ids) -> str:
+    """As `transformers serve` decodes: token by token, control tokens left out."""
+    stream = decoders.DecodeStream(skip_special_tokens=True)
+    return "".join(filter(None, (stream.step(twin, index) for index in ids)))
+
+
+has_streams = pytest.mark.skipif(not hasattr(decoders, "DecodeStream"), reason="this tokenizers has no DecodeStream")
+
+
+@has_streams
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_decode_stream_says_what_decode_says(tokenizers, variant):
+    tokenizer = tokenizers(variant)
+    cases = [case[variant] for case in GOLDEN["strings"] if case["text"] != SURROGATE]
+    assert len(cases) == 108
+    twin = tokenizer._tokenizer
+    for case in cases:
+        for ids in (case["ids"], [*case["input_ids"], tokenizer.eos_token_id]):
+            assert streamed(twin, ids) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@has_streams
+def test_a_decode_stream_waits_for_whole_characters_and_knows_added_tokens(tiny_sp_model):
+    tokenizer = ChatGLMTokenizer(str(tiny_sp_model))
+    tokenizer.add_tokens(["<mine>"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>"]})
+    ids = tokenizer.encode("a<mine> 龘👋 b<tool>c", add_special_tokens=False)
+    assert streamed(tokenizer._tokenizer, ids) == tokenizer.decode(ids, skip_special_tokens=True)
+    half, whole = ["▁a", "<0xE9>", "<0xBE>"], ["▁a", "<0xE9>", "<0xBE>", "<0x98>"]
+    assert streamed(tokenizer._tokenizer, tokenizer.convert_tokens_to_ids(half)) == "a"
+    assert streamed(tokenizer._tokenizer, tokenizer.convert_tokens_to_ids(whole)) == "a龘"
+    assert not tokenizer.is_fast, "encoding stays SentencePiece's"
 
 
 # ---- properties ----------------------------------------------------------------------------------------------

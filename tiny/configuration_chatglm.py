@@ -107,6 +107,7 @@ class ChatGLMConfig(PretrainedConfig):
         self.code_version = newer_version(self.code_version)
         shared = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")  # with transformers
         super().__init__(**{name: fields[name] for name in shared}, **kwargs)
+        self.architectures = ["AutoModelForCausalLM"]  # the class that `transformers serve` asks transformers for
 
     @property
     def head_size(self) -> int:
