@@ -16,7 +16,7 @@ DTYPE ?=
 DEVICE ?=
 ARGS ?=
 TORCH_INDEX ?=
-TESTS ?= tests cpu/tests serving/tests
+TESTS ?= tests cpu/tests finetune/tests serving/tests
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -57,7 +57,7 @@ $(RUNTIME): requirements.txt cpu/pyproject.toml
 	@$(PYTHON) install.py --venv "$(VENV)" --torch-index "$(TORCH_INDEX)"
 	@touch $@
 
-$(DEV): requirements-dev.txt $(RUNTIME)
+$(DEV): requirements-dev.txt finetune/requirements.txt $(RUNTIME)
 	@echo "installing requirements-dev.txt into $(VENV)"
 	@$(PIP) -r requirements-dev.txt
 	@touch $@

@@ -93,8 +93,9 @@ def check_shape(in_features: int, bits: int, group_size: int) -> None:
 # ---- The layers -----------------------------------------------------------------------------------------------------
 
 
-class QuantizedLinear(nn.Linear):
-    """A linear layer with int8 or int4 weights; adapters that know nn.Linear (PEFT) can wrap it.
+class QuantizedLinear(nn.Module):
+    """A linear layer with int8 or int4 weights. No nn.Linear, whose weight other libraries (PEFT) read as numbers and
+    merge adapters into.
 
     weight: int8 [out, in] or [out, in / 2]; weight_scale: [out] or [out, in / group_size]; bias: [out] or None.
     copies: what kernel_routes.product keeps of an INT4 weight, as large as it; not counted, saved, copied or trained.
@@ -106,7 +107,7 @@ class QuantizedLinear(nn.Linear):
         self, in_features: int, out_features: int, bits: int, group_size: int = 0, bias: bool = True, device=None
     ):
         check_shape(in_features, bits, group_size)
-        nn.Module.__init__(self)
+        super().__init__()
         self.in_features, self.out_features, self.bits, self.group_size = in_features, out_features, bits, group_size
         self.copies: dict = {}
         weight = torch.empty(out_features, in_features * bits // 8, dtype=torch.int8, device=device)
@@ -230,6 +231,7 @@ def quantize_model(
         model.config.quantize_head = quantize_head
         if model.config.head_bits:
             quantize_embedding_and_head(model, search)
+        model.freeze()
     if model.config.quantization_bit:
         switch_activations(model, quantize_activations)
     return model
@@ -263,11 +265,11 @@ def quantize_layers(model: nn.Module, bits: int, group_size: int, search: bool, 
     model.config.quantization_bit, model.config.quantization_group_size = bits, group_size
 
 
-def linear_layers(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """(parent, name, layer) of every linear layer below `module`."""
+def linear_layers(module: nn.Module, kind: type = nn.Linear) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """(parent, name, layer) of every linear layer of the kind below `module`."""
     for parent in module.modules():
         for name, layer in parent.named_children():
-            if isinstance(layer, nn.Linear):
+            if isinstance(layer, kind):
                 yield parent, name, layer
 
 
@@ -311,7 +313,7 @@ def switch_activations(model: nn.Module, int8: bool | None) -> None:
     """Sets what ChatGLMConfig calls quantize_activations; None leaves it as it is."""
     if int8 is not None:
         model.config.quantize_activations = int8
-    for _, _, layer in linear_layers(model.transformer.layers):
+    for _, _, layer in linear_layers(model.transformer.layers, QuantizedLinear):
         layer.quantize_activations = model.config.quantize_activations
 
 
@@ -323,13 +325,14 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     config, quantized = model.config, (QuantizedLinear, QuantizedEmbedding)
     found = [(p, n, layer) for p in model.modules() for n, layer in p.named_children() if isinstance(layer, quantized)]
     for parent, name, layer in found:
-        setattr(parent, name, plain_layer(layer, dtype).requires_grad_(config.pre_seq_len is None))
+        setattr(parent, name, plain_layer(layer, dtype))
     if config.quantization_bit and config.head_bits and config.tie_word_embeddings:
         model.lm_head.weight = model.transformer.word_embeddings.weight
     config.quantization_bit, config.quantization_group_size, config.quantize_head = 0, 0, False
     config.quantize_activations = False
     if found:
         model._tied_weights_keys = type(model)._tied_weights_keys
+        model.requires_grad_(True).freeze()
     return model
 
 

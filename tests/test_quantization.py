@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 from chatglm_slim import kernel_routes
-from chatglm_slim.configuration_chatglm import ChatGLMConfig
+from chatglm_slim.configuration_chatglm import ChatGLMConfig, warn_once
 from chatglm_slim.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_slim.quantization import (
     QuantizedEmbedding,
@@ -126,7 +126,7 @@ def test_quantized_golden_checkpoint_gives_the_golden_logits_and_answer(golden, 
         # There the weights of the four products of a layer are rounded to float16, here they are not.
         of_weights = 4 * model.config.num_layers
         assert_as_near(logits.half(), model(ids).logits.half(), exact(model, ids).logits, of_weights)
-        for parent, name, layer in list(linear_layers(model.transformer.layers)):
+        for parent, name, layer in list(linear_layers(model.transformer.layers, QuantizedLinear)):
             rounded = Linear(layer.in_features, layer.out_features)
             scale = layer.weight_scale.half()
             rounded.weight.copy_(dequantize_weight(layer.weight, scale, bits, torch.float16).float())
@@ -389,18 +389,16 @@ def test_p_tuning_trains_only_the_prefix_of_a_quantized_model(config, bits):
     assert trained == {"transformer.prefix_encoder.embedding.weight"}
 
 
-def test_lora_of_peft_trains_on_quantized_layers(config):
-    try:
-        import peft
-    except ImportError as error:
-        pytest.skip(f"peft and this transformers version do not go together: {error}")
-    model = ChatGLMForConditionalGeneration(config).quantize(4)
-    adapted = peft.get_peft_model(
-        model, peft.LoraConfig(r=2, target_modules=["query_key_value"], task_type="CAUSAL_LM")
-    )
-    adapted(input_ids=IDS, labels=IDS).loss.backward()
-    trained = [name for name, parameter in adapted.named_parameters() if parameter.grad is not None]
-    assert trained and all("lora_" in name for name in trained)
+@pytest.mark.parametrize("options", [{"bits": 8}, {"bits": 4}, {"bits": 8, "quantize_head": True}], ids=str)
+def test_a_quantized_model_is_frozen_however_it_was_made(config, tmp_path, options, caplog):
+    model = ChatGLMForConditionalGeneration(config).quantize(**options)
+    model.save_pretrained(tmp_path)
+    for one in (model, ChatGLMForConditionalGeneration.from_pretrained(tmp_path)):
+        assert not any(parameter.requires_grad for parameter in one.parameters())
+    warn_once.cache_clear()
+    loss = model.train()(IDS, labels=IDS).loss
+    assert not loss.requires_grad and f"nothing of this INT{options['bits']} model is trained" in caplog.text
+    assert all(parameter.requires_grad for parameter in model.dequantize().parameters())
 
 
 def test_quantized_embedding_returns_its_rows():

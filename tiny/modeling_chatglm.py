@@ -62,6 +62,16 @@ GET_WEIGHTS = (
     "this folder holds the code of ChatGLM-6B-Slim without weights: make a complete folder with "
     "`python slim.py THUDM/chatglm-6b OUTPUT --repackage`, or give from_pretrained a Hub id that has them"
 )
+FINETUNE = "see finetune/README.md in the ChatGLM-6B-Slim repository"
+LABELS_IN_CONTEXT = (
+    "labels before <sop>: tokens of a GLM context read each other in both directions, so the model sees what it is "
+    "to predict there and learns nothing from it; label the answer, from <sop> on, as the collators in "
+    "finetune/collators.py of the ChatGLM-6B-Slim repository do"
+)
+PROMPT_TUNING = (
+    "PEFT's prompt tuning and prefix tuning do not know where a GLM context ends, and generate() cannot use them: "
+    "P-tuning v2 is built in, give from_pretrained pre_seq_len=128, " + FINETUNE
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -396,10 +406,8 @@ class ChatGLMPreTrainedModel(VersionedModel):
             refuse_other_format(path, ChatGLMConfig.from_dict(dict(stored)), asked)
 
     def freeze(self) -> None:
-        for module in self.modules():
-            if isinstance(module, (QuantizedLinear, QuantizedEmbedding)):
-                module.requires_grad_(False)
-        if self.config.pre_seq_len is not None:
+        """Beside a prefix, and in a quantized model, nothing else is trained: norms and biases alone learn little."""
+        if self.config.pre_seq_len is not None or self.config.quantization_bit:
             for name, parameter in self.named_parameters():
                 parameter.requires_grad_("prefix_encoder." in name)
 
@@ -598,7 +606,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         elif geometry is None:
             raise ValueError(
                 "past_key_values without position_ids: this cache does not know where its context ends; pass "
-                "position_ids [B, 2, S] with it, or the Cache object that the model returned"
+                "position_ids [B, 2, S] with it, or the Cache object that the model returned. " + PROMPT_TUNING
             )
         else:
             position_ids = position_ids_between(geometry, seen, S, self.config.position_encoding_2d)
@@ -697,6 +705,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         """
         if labels is not None:
             check_labels(labels, input_ids if inputs_embeds is None else inputs_embeds, logits_to_keep)
+            self._warn_of_vain_training(labels, input_ids, attention_mask, one_of(past_key_values, cache))
         output = self.transformer(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -723,11 +732,35 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         )
         return as_asked(output, return_dict, self.config)
 
+    def _warn_of_vain_training(self, labels: Tensor, ids: Tensor | None, attention_mask: Tensor | None, past) -> None:
+        """Of what runs without an error, and teaches nothing or what cannot be used."""
+        if (
+            ids is not None
+            and past is None
+            and (attention_mask is None or attention_mask.dim() == 2)
+            and not is_tracing()
+        ):
+            index = torch.arange(labels.shape[1], device=labels.device)
+            context_length = first_index(ids == self.config.bos_token_id).to(labels.device)
+            if ((labels != -100) & (index > 0) & (index < context_length)).any():
+                warn_once(LABELS_IN_CONTEXT)
+        if self.training and torch.is_grad_enabled() and not any(own.requires_grad for own in self.parameters()):
+            if ids is None:
+                warn_once(f"only what stands before the network is trained: {PROMPT_TUNING}")
+            elif self.config.quantization_bit:
+                warn_once(
+                    f"nothing of this INT{self.config.quantization_bit} model is trained: its layers are frozen. Add "
+                    "an adapter, or a prefix (pre_seq_len), or tune the 16-bit one: " + FINETUNE
+                )
+
     # --- hooks of transformers' generate, checked on every rung of the ladder -------------------------------------
 
     @functools.wraps(GenerationMixin.generate)
     def generate(self, inputs: Tensor | None = None, *args, **kwargs):
         """Overridden to hand it a cache that grows in place, and official masks in a form that it lets pass."""
+        adapter = getattr(getattr(self.prepare_inputs_for_generation, "__self__", None), "active_peft_config", None)
+        if getattr(adapter, "is_prompt_learning", False):
+            raise ValueError(PROMPT_TUNING)
         ids = kwargs.get("input_ids") if inputs is None else inputs
         self._without_official_forms(kwargs.get("inputs_embeds") if ids is None else ids, kwargs)
         cache = give_cache(self, args, kwargs)
