@@ -18,7 +18,7 @@ CHUNK = 128  # columns per step of every kernel: 64 bytes of INT4, and whole gro
 TILE = 4  # rows of the weight that share one load of the activations
 PANEL = 16  # rows of activations in one vector of a matrix product
 BLOCK_ROWS = 64  # rows of the weight that a thread unpacks at a time for a matrix product
-PREFETCH_LEVEL = 3  # into the first-level cache; measured best
+PREFETCH_LEVEL = 3  # into the first-level cache; 2: the second
 
 PREFETCH_BYTES = 4096  # how far ahead keys and values are asked for
 LARGEST_HEAD = 256  # numbers in a query, key or value
@@ -31,6 +31,7 @@ NIBBLES = [n if n < 8 else n - 16 for n in range(16)]
 INTRINSICS = f"""
 declare i64 @llvm.umin.i64(i64, i64)
 declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
+declare void @llvm.x86.sse2.clflush(ptr)
 declare {F32X16} @llvm.fma.v16f32({F32X16}, {F32X16}, {F32X16})
 declare {F32X16} @llvm.sqrt.v16f32({F32X16})
 declare {F32X16} @llvm.roundeven.v16f32({F32X16})
@@ -64,12 +65,12 @@ class Variant(NamedTuple):
     bias: str = ""
     masked: bool = False  # whether a mask is added to the scores of attention
     int8: bool = False  # whether a gemm has its activations as int8, which "quantize_panels" makes of x
+    prefetch: int = PREFETCH_LEVEL  # of the weights of a gemv
 
     @property
     def dots_bf16(self) -> bool:
-        """Whether vdpbf16ps multiplies pairs of bfloat16, which integers and bfloat16 weights fit without rounding;
-        a gemv has INT8 in float32 sooner."""
-        fits = self.bits == 4 or self.weight == "bfloat" or (self.bits == 8 and self.kind == "gemm") or self.head_size
+        """Whether vdpbf16ps multiplies pairs of bfloat16, which integers and bfloat16 weights fit without rounding."""
+        fits = self.bits < 16 or self.weight == "bfloat" or self.head_size
         return self.isa == "avx512_bf16" and self.x == "bfloat" and bool(fits)
 
     @property
@@ -306,9 +307,7 @@ def multiply_add(emit: Emitter, variant: Variant, weight: str, x: str, total: st
     return emit.call(F32X16, "x86.avx512bf16.dpbf16ps.512", *operands)
 
 
-def prefetch(emit: Emitter, pointer: str, size: int) -> None:
+def prefetch(emit: Emitter, pointer: str, size: int, level: int = PREFETCH_LEVEL) -> None:
     """Of weights that are needed soon: the CPU by itself looks ahead within a page of 4 KiB only."""
     for offset in range(0, size, 64):
-        emit.do(
-            f"  call void @llvm.prefetch.p0(ptr {emit.at('i8', pointer, offset)}, i32 0, i32 {PREFETCH_LEVEL}, i32 1)"
-        )
+        emit.do(f"  call void @llvm.prefetch.p0(ptr {emit.at('i8', pointer, offset)}, i32 0, i32 {level}, i32 1)")

@@ -8,11 +8,23 @@ steps.py write them, runtime.py compiles and runs them, routes.py chooses. What 
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .ir import BLOCK_ROWS, CHUNK, INT8_BYTES, INT8_COLUMNS, LARGEST_HEAD, PANEL, TILE, Variant
+from .ir import (
+    BLOCK_ROWS,
+    CHUNK,
+    INT8_BYTES,
+    INT8_COLUMNS,
+    LARGEST_HEAD,
+    PANEL,
+    PREFETCH_LEVEL,
+    TILE,
+    Variant,
+)
 from .products import int8_columns
 from .runtime import IR_TYPES, dtype_of, empty, instruction_set, is_plain, kernel_address, noise, run
 from .steps import attention_scratch
@@ -20,14 +32,18 @@ from .steps import attention_scratch
 GEMV_ROWS = 4  # rows of activations in one pass over the weight: more sums than that do not fit the registers
 GELU_CHUNKS = 8  # that a thread takes at a time
 SLAB_ROWS = 256  # rows of activations in one matrix product, so that they stay in the last-level cache
+DENSE_BYTES = 8 << 20  # of the weight in full precision at a time, for each product that runs at once
+ALIGNMENT = 16  # bytes, without which PyTorch's INT8 product crashes for several rows
+
+_buffers: list[Tensor] = []  # of DENSE_BYTES each, which no product uses at the moment
 
 
 def dequantize(weight: Tensor, scale: Tensor | None, bits: int, dtype: torch.dtype) -> Tensor | None:
     """scale * weight [N, K] as `dtype` in one pass, the float32 product rounded once; None where not served."""
     if dtype not in IR_TYPES or not is_served(None, weight, scale, bits):
         return None
-    address = kernel_address(_variant("dequantize", weight, scale, bits, dtype), _tried_dequantize)
-    return None if address is None else _run_dequantize(address, weight, scale, bits, dtype)
+    y = empty(weight.shape[0], _columns(weight, bits), dtype=dtype)
+    return y if _dequantize_into(y, weight, scale, bits) else None
 
 
 def gelu(x: Tensor) -> Tensor | None:
@@ -91,7 +107,7 @@ def _columns(weight: Tensor, bits: int) -> int:
     return weight.shape[1] * 2 if bits == 4 else weight.shape[1]
 
 
-def _group(weight: Tensor, scale: Tensor | None, bits: int) -> int:
+def group_of(weight: Tensor, scale: Tensor | None, bits: int) -> int:
     return 0 if scale is None or scale.dim() == 1 else _columns(weight, bits) // scale.shape[1]
 
 
@@ -124,11 +140,18 @@ def _fits(bits: int, dtype: torch.dtype, shape: tuple, x: tuple | None, scale: t
 # ---------------------------------------------------------------------------------------------- products
 
 
-def gemv(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int, bias: Tensor | None) -> Tensor | None:
+class Dots(NamedTuple):
+    """How a gemv multiplies, and into which cache it asks for weights ahead."""
+
+    isa: str
+    prefetch: int = PREFETCH_LEVEL
+
+
+def gemv(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int, bias: Tensor | None, dots: Dots) -> Tensor | None:
     """Passes over the packed weight, GEMV_ROWS rows of x each."""
     parts = []
     for part in x.split(GEMV_ROWS) if len(x) > GEMV_ROWS else (x,):
-        variant = gemv_variant(part, weight, scale, bits)
+        variant = gemv_variant(part, weight, scale, bits, dots)
         address = kernel_address(variant, tried_product)
         if address is None:
             return None
@@ -137,8 +160,9 @@ def gemv(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int, bias: Tenso
     return (y if bias is None else y.add_(bias)).to(x.dtype)
 
 
-def gemv_variant(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int) -> Variant:
-    return _variant("gemv", weight, scale, bits, x.dtype, x.shape[0]).with_tile(x.shape[1])
+def gemv_variant(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int, dots: Dots) -> Variant:
+    variant = _variant("gemv", weight, scale, bits, x.dtype, x.shape[0])._replace(isa=dots.isa, prefetch=dots.prefetch)
+    return variant.with_tile(x.shape[1])
 
 
 def gemv_arguments(x: Tensor, weight: Tensor, scale: Tensor | None, y: Tensor) -> dict[str, Tensor | int | None]:
@@ -153,19 +177,54 @@ def _run_gemv(variant: Variant, address: int, x: Tensor, weight: Tensor, scale: 
 
 
 def gemm(
-    x: Tensor, weight: Tensor, scale: Tensor | None, bits: int, bias: Tensor | None, int8_activations: bool
+    x: Tensor, weight: Tensor, scale: Tensor | None, bits: int, bias: Tensor | None, int8: bool = False
 ) -> Tensor | None:
-    """Unpacks the weight block by block in each thread's cache and multiplies it with all rows of x."""
+    """Unpacks the weight block by block in each thread's cache and multiplies it with all rows of x, which become int8
+    where that is asked for."""
     variant = _variant("gemm", weight, scale, bits, x.dtype)
-    variant = variant._replace(bias="" if bias is None else IR_TYPES[bias.dtype])
-    if int8_activations and bits != 16 and not variant.group and variant.isa == "avx512_bf16":  # VNNI comes with it
-        variant = variant._replace(int8=True)
-        if kernel_address(_of_panels(variant), _tried_panels) is None:
-            return None
-    elif bits == 16 and variant.dots_bf16:
-        return None  # torch's own product is as fast
+    variant = variant._replace(bias="" if bias is None else IR_TYPES[bias.dtype], int8=int8)
+    if int8 and kernel_address(_of_panels(variant), _tried_panels) is None:
+        return None
     address = kernel_address(variant, tried_product)
     return None if address is None else _run_gemm(variant, address, x, weight, scale, bias)
+
+
+def dense(x: Tensor, weight: Tensor, scale: Tensor, bits: int, bias: Tensor | None) -> Tensor | None:
+    """PyTorch's own product with the weight in x's type, rounded once, made block by block in a buffer of DENSE_BYTES
+    that is used again: fresh memory costs more in page faults than the product."""
+    rows, columns = weight.shape[0], x.shape[1]
+    at_once = DENSE_BYTES // (columns * x.element_size()) // TILE * TILE
+    address = kernel_address(_variant("dequantize", weight, scale, bits, x.dtype), _tried_dequantize)
+    if not at_once or address is None:
+        return None
+    x, bias = x.detach(), None if bias is None else bias.to(x.dtype)
+    buffer = _free_buffer()
+    y = empty(len(x), rows, dtype=x.dtype)
+    for start in range(0, rows, at_once):
+        part = slice(start, min(start + at_once, rows))
+        block = buffer.view(x.dtype)[: (part.stop - start) * columns].view(-1, columns)
+        _run_dequantize(address, weight[part], scale[part], block)
+        y[:, part] = F.linear(x, block, bias if bias is None else bias[part])
+    _buffers.append(buffer)
+    return y
+
+
+def _free_buffer() -> Tensor:
+    try:
+        return _buffers.pop()
+    except IndexError:
+        with torch.inference_mode(False):  # it outlives the mode of its first use
+            return empty(DENSE_BYTES, dtype=torch.uint8)
+
+
+def int8pack(x: Tensor, weight: Tensor, scale: Tensor, bits: int, bias: Tensor | None) -> Tensor | None:
+    """PyTorch's own product of bfloat16 with INT8; None for a weight at an odd address, where it crashes."""
+    if weight.data_ptr() % ALIGNMENT:
+        return None
+    if scale.dtype == x.dtype and bias is None:
+        return torch._weight_int8pack_mm(x.detach(), weight, scale)
+    y = torch._weight_int8pack_mm(x.detach(), weight, torch.ones_like(scale, dtype=x.dtype)).float().mul_(scale)
+    return (y if bias is None else y.add_(bias)).to(x.dtype)
 
 
 def _run_gemm(
@@ -226,8 +285,15 @@ def _panels(x: Tensor, pairs: bool) -> Tensor:
     return panels
 
 
-def _run_dequantize(address: int, weight: Tensor, scale: Tensor | None, bits: int, dtype: torch.dtype) -> Tensor:
-    y = empty(weight.shape[0], _columns(weight, bits), dtype=dtype)
+def _dequantize_into(y: Tensor, weight: Tensor, scale: Tensor | None, bits: int) -> bool:
+    """y = scale * weight; False where there is no kernel for that."""
+    address = kernel_address(_variant("dequantize", weight, scale, bits, y.dtype), _tried_dequantize)
+    if address is not None:
+        _run_dequantize(address, weight, scale, y)
+    return address is not None
+
+
+def _run_dequantize(address: int, weight: Tensor, scale: Tensor | None, y: Tensor) -> Tensor:
     run(address, weight=weight, scale=scale, y=y, rows=y.shape[0], chunks=y.shape[1] // CHUNK)
     return y
 
@@ -258,6 +324,26 @@ def gelu_arguments(x: Tensor, bias: Tensor | None, y: Tensor) -> dict[str, Tenso
     return {"x": x, "bias": bias, "y": y, **size}
 
 
+def flush(weight: Tensor) -> None:
+    """Takes it out of the caches, so that the next product reads it from memory."""
+    address = kernel_address(Variant("flush", instruction_set(), 8, 0, "", "", ""), None)
+    if address is not None:
+        run(address, weight=weight, rows=weight.nbytes // 64, task_rows=1024)
+
+
+def plain_weight(weight: Tensor, scale: Tensor | None, bits: int) -> Tensor:
+    """scale * weight in float32, by PyTorch alone."""
+    values = (unpack_int4(weight) if bits == 4 else weight).float()
+    return (
+        values
+        if scale is None
+        else values
+        * scale.float()
+        .view(len(values), -1)
+        .repeat_interleave(values.shape[1] // (scale.numel() // len(values)), dim=1)
+    )
+
+
 # ---------------------------------------------------------------------------------------------- variants, their trials
 
 
@@ -265,7 +351,7 @@ def _variant(kind: str, weight: Tensor, scale: Tensor | None, bits: int, x: torc
     weight_type = IR_TYPES[weight.dtype] if bits == 16 else ""
     scale_type = "" if scale is None else IR_TYPES[scale.dtype]
     return Variant(
-        kind, instruction_set(), bits, _group(weight, scale, bits), weight_type, scale_type, IR_TYPES[x], rows
+        kind, instruction_set(), bits, group_of(weight, scale, bits), weight_type, scale_type, IR_TYPES[x], rows
     )
 
 
@@ -304,7 +390,7 @@ def _tried_panels(variant: Variant, address: int) -> tuple[Tensor, Tensor, Tenso
 def _tried_dequantize(variant: Variant, address: int) -> tuple[Tensor, Tensor, Tensor]:
     weight, scale, exact = _example(variant, BLOCK_ROWS + TILE, 3 * CHUNK)
     exact = exact.float().to(dtype_of(variant.x))
-    y = _run_dequantize(address, weight, scale, variant.bits, exact.dtype)
+    y = _run_dequantize(address, weight, scale, torch.empty_like(exact))
     return y, exact, torch.zeros_like(exact)
 
 

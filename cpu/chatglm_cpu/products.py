@@ -52,10 +52,16 @@ def widened(emit: Emitter, variant: Variant, pointer: str) -> list[str]:
     """The weights of the chunk at `pointer` as vectors of `variant.vector`."""
     if variant.bits == 4:
         return _widened_int4(emit, variant, pointer)
-    size = 64 if variant.dots_bf16 else variant.chunk_bytes // 8
+    size = variant.chunk_bytes // (4 if variant.dots_bf16 else 8)
     parts = [emit.at("i8", pointer, offset) for offset in range(0, variant.chunk_bytes, size)]
     if variant.bits == 8:
-        return [emit(f"sitofp <16 x i8> {emit.load('<16 x i8>', part)} to {F32X16}") for part in parts]
+        lanes = 32 if variant.dots_bf16 else 16
+        floats = [
+            emit(f"sitofp <{lanes} x i8> {emit.load(f'<{lanes} x i8>', part)} to <{lanes} x float>") for part in parts
+        ]
+        return (
+            [emit(f"fptrunc <32 x float> {value} to {BF16X32}") for value in floats] if variant.dots_bf16 else floats
+        )
     if variant.dots_bf16:
         return [emit.load(BF16X32, part) for part in parts]
     return [emit.widen(variant.weight, emit.load(f"<16 x {variant.weight}>", part)) for part in parts]
@@ -137,7 +143,7 @@ def add_tile(
         sums = dict(zip(keys, chunk.values))
         here = [emit.at("i8", pointer, emit.op("mul", chunk.index, variant.chunk_bytes)) for pointer in rows]
         for pointer in here:
-            prefetch(emit, emit.at("i8", pointer, ahead), variant.chunk_bytes)
+            prefetch(emit, emit.at("i8", pointer, ahead), variant.chunk_bytes, variant.prefetch)
         weights = [widened(emit, variant, pointer) for pointer in here]
         x_first = emit.at(variant.lane, own_x, emit.op("mul", chunk.index, CHUNK))
         xs = [emit.at(variant.lane, x_first, emit.op("mul", x_columns, m)) for m in range(variant.rows)]
@@ -485,4 +491,20 @@ def multiply_int8_tile(
         emit.store(F32X16, total, place, 64)
 
 
-PRODUCTS = {"gemv": gemv, "gemm": gemm, "dequantize": dequantize_rows, "quantize_panels": quantize_panels}
+# ---------------------------------------------------------------------------------------------- for measurements
+
+
+def flush(emit: Emitter, variant: Variant, args: Arguments) -> None:
+    """Takes `rows` lines of 64 bytes out of all caches."""
+    with emit.tasks(args) as (first, last), emit.loop(last, 1, first) as line:
+        pointer = emit.at("i8", args.weight, emit.op("mul", line.index, 64))
+        emit.do(f"  call void @llvm.x86.sse2.clflush(ptr {pointer})")
+
+
+PRODUCTS = {
+    "gemv": gemv,
+    "gemm": gemm,
+    "dequantize": dequantize_rows,
+    "quantize_panels": quantize_panels,
+    "flush": flush,
+}

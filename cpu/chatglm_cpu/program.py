@@ -35,6 +35,7 @@ from .kernels import (
     tried_gelu,
     tried_product,
 )
+from .routes import program_dots
 from .runtime import (
     IR_TYPES,
     WORD,
@@ -262,7 +263,8 @@ class Program:
             yield self._norm(self.normed, layer.factor, self.sums, layer.down.bias, norm_after)
 
     def _product(self, x: Tensor, product: Product) -> Kernel:
-        variant = gemv_variant(x, product.weight, product.scale, product.bits)
+        weight = (product.weight, product.scale, product.bits)
+        variant = gemv_variant(x, *weight, program_dots(x, *weight))
         arguments = gemv_arguments(x, product.weight, product.scale, self.sums)
         return Kernel(variant, tried_product, variant.gemv_scratch(x.shape[1]), arguments)
 

@@ -1,7 +1,8 @@
-"""Which kernel computes what: every choice of the engine is made here, by the constants below.
+"""Which kernel computes what: every choice of the engine is made here.
 
-They are what was measured (benchmarks/cpu_kernels.py of the repository); a function returns None where PyTorch's own
-way is as good, or nothing here serves.
+For weights of SMALLEST and more the ways to compute a product are timed at its first use (measuring.py), and the
+fastest one serves all products of that format with about as many rows; for smaller ones the constants below decide.
+A function returns None where PyTorch's own way is as good, or nothing here serves.
 """
 
 from __future__ import annotations
@@ -9,13 +10,18 @@ from __future__ import annotations
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from . import measuring
 from .ir import BLOCK_ROWS
-from .kernels import decode_attention, gemm, gemv, is_served, is_vector
+from .kernels import Dots, decode_attention, dense, gemm, gemv, group_of, int8pack, is_served, is_vector
 from .prompt import prompt_attention
-from .runtime import held
+from .runtime import held, instruction_set
 
+CLASSES = (1, 2, 4, 8, 16, 32, 64, 128, 512)  # rows of activations: up to so many are computed alike
+SMALLEST = 1 << 20  # weights of a matrix; below, nothing is timed
+MOST_GEMV_ROWS, FEWEST_GEMM_ROWS, MOST_INT8PACK_ROWS = 32, 5, 64  # beyond, not worth a trial
 FEW_ROWS = {4: 16, 8: 12, 16: 8}  # bits -> up to so many rows, passes of a gemv beat a gemm
 FEWEST_TOKENS = 256  # of a prompt; below, its matrix products are too small
 MOST_THREADS = 4  # `scaled_dot_product_attention` shares out heads, `prompt_attention` the rows of each: for few cores
@@ -31,10 +37,8 @@ def linear(
 ) -> Tensor | None:
     """x @ (scale * weight).T + bias without the weight in full precision, or None where that is not served.
 
-    Routes: up to FEW_ROWS rows, or for small weights, a `gemv` that passes over the weight for each four of them; for
-    more a `gemm` that unpacks blocks of the weight, except with bfloat16 weights where the processor multiplies
-    bfloat16: PyTorch's own product is as fast there. With `int8_activations` the gemm multiplies int8 where the
-    processor can.
+    Routes: see `candidates`, of which the fastest computes. With `int8_activations` one of them multiplies int8 where
+    the processor can.
 
     x: [M, K] float32, bfloat16 or float16; the result is [M, N] of the same type.
     weight: bits 8: int8 [N, K]; 4: int8 [N, K/2], even column in the high nibble; 16: float16 or bfloat16 [N, K].
@@ -48,12 +52,104 @@ def linear(
     >>> y is None or y.tolist()
     [[-4064.0, 160.0, 0.0, 4224.0]]
     """
-    if not is_served(x, weight, scale, bits) or not (bias is None or is_vector(bias)):
+    if not instruction_set() or not is_served(x, weight, scale, bits) or not (bias is None or is_vector(bias)):
         return None
     weight, scale, bias = held(weight), held(scale), held(bias)  # of one moment, whoever swaps them meanwhile
-    if x.shape[0] <= FEW_ROWS[bits] or weight.shape[0] < BLOCK_ROWS:
-        return gemv(x, weight, scale, bits, bias)
-    return gemm(x, weight, scale, bits, bias, int8_activations)
+    names = ranked(x, weight, scale, bits, int8_activations)
+    if names[0] == "torch":
+        return None  # which the caller computes
+    y = _compute(names[0], x, weight, scale, bits, bias)
+    return y if y is not None or len(names) == 1 else _compute(names[1], x, weight, scale, bits, bias)
+
+
+def linear_by(
+    name: str, x: Tensor, weight: Tensor, scale: Tensor | None, bits: int, bias: Tensor | None = None
+) -> Tensor | None:
+    """`linear` by one of the `candidates`, or None where that one does not serve, for instance on this processor."""
+    if not instruction_set() or not is_served(x, weight, scale, bits) or not (bias is None or is_vector(bias)):
+        return None
+    group = group_of(weight, scale, bits)
+    if name not in candidates(len(x), x.dtype, bits, group, weight.dtype, True):
+        return None
+    return _compute(name, x, held(weight), held(scale), bits, held(bias))
+
+
+def _compute(name: str, x: Tensor, weight: Tensor, scale, bits: int, bias) -> Tensor | None:
+    way, *how = name.split("-")
+    if way == "gemv":
+        return gemv(x, weight, scale, bits, bias, dots(*how))
+    if way == "gemm":
+        return gemm(x, weight, scale, bits, bias, bool(how)) if len(weight) >= BLOCK_ROWS else None
+    if way == "torch":
+        return F.linear(x.detach(), weight, bias if bias is None else bias.to(x.dtype))
+    return {"dense": dense, "int8pack": int8pack}[way](x, weight, scale, bits, bias)
+
+
+def dots(lanes: str, cache: str) -> Dots:
+    """Of the gemv by this name: pairs of bfloat16, or float32; weights asked for ahead into which cache."""
+    isa = instruction_set()
+    return Dots("avx512" if lanes == "f32" and isa == "avx512_bf16" else isa, {"l1": 3, "l2": 2}[cache])
+
+
+def candidates(
+    rows: int, x: torch.dtype, bits: int, group: int = 0, weight: torch.dtype = torch.int8, int8: bool = False
+) -> list[str]:
+    """The ways to compute a product with `rows` rows of activations of type x, the one by default first.
+
+    gemv-bf16-l1, gemv-f32-l1, gemv-bf16-l2, gemv-f32-l2: passes over the weight for a few rows each, with dots of
+    bfloat16 pairs or in float32, and the weights asked for ahead into the first or the second cache. gemm, gemm-int8:
+    blocks of the weight are unpacked and multiplied with all rows, which with `int8` may be rounded to int8. dense:
+    blocks of the weight in x's type, and PyTorch's product. int8pack: PyTorch's product with INT8. torch: PyTorch's
+    own product with 16-bit weights.
+    """
+    return _candidates(instruction_set(), rows, x, bits, group, weight, int8)
+
+
+@functools.cache
+def _candidates(isa: str, rows: int, x: torch.dtype, bits: int, group: int, weight: torch.dtype, int8: bool):
+    pairs = isa == "avx512_bf16" and x == torch.bfloat16 and weight != torch.float16
+    # INT8 takes longer to become pairs of bfloat16 than few rows gain by them.
+    lanes = ["f32"] + ["bf16"] * pairs if bits == 8 else ["bf16"] * pairs + ["f32"]
+    gemvs = [f"gemv-{of}-{cache}" for cache in ("l1", "l2") for of in lanes if rows <= MOST_GEMV_ROWS]
+    others = []
+    if rows >= FEWEST_GEMM_ROWS and not (bits == 16 and pairs):
+        vnni = int8 and bits < 16 and not group and isa == "avx512_bf16"  # which comes with it
+        others += ["gemm-int8"] * vnni + ["gemm"]
+    if rows >= FEWEST_GEMM_ROWS and bits < 16:
+        others.append("dense")
+    if bits == 8 and not group and x == torch.bfloat16 and rows <= MOST_INT8PACK_ROWS:
+        others += ["int8pack"] * hasattr(torch, "_weight_int8pack_mm")
+    if bits == 16 and rows > 1 and x == weight:
+        others.append("torch")
+    return gemvs + others if rows <= FEW_ROWS[bits] else others + gemvs
+
+
+def ranked(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int, int8: bool = False) -> list[str]:
+    """The candidates for such a product, the one that computes it first."""
+    rows, group = len(x), group_of(weight, scale, bits)
+    if weight.shape[0] < BLOCK_ROWS:
+        return candidates(1, x.dtype, bits, group, weight.dtype)[:1]
+    if weight.shape[0] * x.shape[1] < SMALLEST:
+        return candidates(rows, x.dtype, bits, group, weight.dtype, int8)[:1]
+    rows = next((limit for limit in CLASSES if rows <= limit), CLASSES[-1])
+    names = candidates(rows, x.dtype, bits, group, weight.dtype, int8)
+    if 1 < rows <= MOST_GEMV_ROWS:  # into which cache is a question of the memory, not of the rows
+        cache = next(name[-2:] for name in ranked(x[:1], weight, scale, bits) if name.startswith("gemv"))
+        names = [name for name in names if not name.startswith("gemv") or name.endswith(cache)]
+    if len(names) == 1:
+        return names
+    kind = f"int{bits}" + f"g{group}" * bool(group) if bits < 16 else _name(weight.dtype)
+    label = f"{kind}:{_name(x.dtype)}{'-int8' * ('gemm-int8' in names)}:{rows}"
+    return measuring.ranking(measuring.Problem(label, rows, x.dtype, weight, scale, bits), names, _compute)
+
+
+def program_dots(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int) -> Dots:
+    """The fastest gemv, which is what a decode program computes its products with."""
+    return next(dots(*name.split("-")[1:]) for name in ranked(x, weight, scale, bits) if name.startswith("gemv"))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None) -> Tensor | None:
