@@ -14,13 +14,14 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Union
+from typing import Any
 
 from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
+from transformers.utils import to_py_obj
 
 from .configuration_chatglm import IMAGE_TOKENS
 from .sentencepiece_file import BLANKS, NEWLINE, TAB, VOCAB_FILE, read_complete
@@ -32,7 +33,6 @@ BLANK_RUN = re.compile(" {2,80}")
 IMAGE_TOKEN = re.compile("<image_(0|[1-9][0-9]{0,8})>")
 
 Ids = list[int]
-History = Sequence[Union[tuple[str, str], dict[str, str]]]
 OWN_NAMES = ("gmask_token", "end_token", "eop_token")  # in settings files of ChatGLM; the last in the first release's
 AS_TEXT = dict.fromkeys(("tokenize", "return_dict", "return_assistant_tokens_mask", "continue_final_message"), False)
 
@@ -297,27 +297,25 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def build_blank_input_ids(self, text: str) -> list[int]:
         """Ids that ask the model to fill the first `[MASK]` in a text: the text, then `<sop>`, without `[gMASK]`.
 
-        What `model.generate` writes after them fills the blank. White space beside `[MASK]` is dropped, as in the
-        official encoding; other control tokens are spelled out. A text without `[MASK]` is a ValueError.
+        White space beside `[MASK]` is dropped, as in the official encoding; other control tokens are spelled out.
 
         >>> tokenizer.convert_ids_to_tokens(tokenizer.build_blank_input_ids("AI [MASK] AI"))
         ['▁', 'AI', '[MASK]', '▁', 'AI', '<sop>']
         """
-        before, *others = _text(text, "The text with a blank").split(self.mask_token)
+        first, *others = re.split(rf"\s*{re.escape(self.mask_token)}\s*", _text(text, "The text with a blank"))
         if not others:
             raise ValueError(f"There is no {self.mask_token} in {text!r}: put one where the model is to write.")
-        ids = self.encode_text(before.rstrip())
-        for part in (*(part.strip() for part in others[:-1]), others[-1].lstrip()):
+        ids = self.encode_text(first)
+        for part in others:
             ids += [self.mask_token_id, *self.encode_text(part)]
         return [*ids, self.bos_token_id]
 
     # ---- conversations ---------------------------------------------------------------------------------------
-    def build_prompt(self, query: str, history: History | None = None) -> str:
+    def build_prompt(self, query: str, history: list | None = None) -> str:
         """The official text of a chat: the query alone, or numbered rounds that end with it.
 
-        `history` holds earlier rounds, oldest first: (query, answer) pairs, or messages {"role", "content"} that end
-        with an answer. The text of a "system" message (one at most, first) goes before the first query, on lines of
-        its own: the model knows no place for it. A history of another shape is a ValueError, which names the round.
+        history: earlier rounds, oldest first: (query, answer) pairs, or messages {"role", "content"} that end with an
+        answer. The text of a "system" message (one at most, first) goes before the first query, on lines of its own.
 
         >>> print(tokenizer.build_prompt("它在哪里", [("介绍一下清华大学", "清华大学是中国的大学。")]))
         [Round 0]
@@ -332,7 +330,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             raise ValueError(f"The history ends with the query {texts[-1]!r}; it has to end with an answer.")
         return _prompt(system, [*texts, _text(query, "The query")])
 
-    def build_chat_input_ids(self, query: str, history: History | None = None) -> list[int]:
+    def build_chat_input_ids(self, query: str, history: list | None = None) -> list[int]:
         """Ids from which the model answers `query`: `build_prompt` in ids, then `[gMASK] <sop>`.
 
         Nothing in the query or the history becomes a control token.
@@ -346,17 +344,15 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def apply_chat_template(self, conversation: Any, *, chat_template: str | None = None, **options: Any) -> Any:
         """A conversation, or a list of them, as text or ids: the ids of `build_chat_input_ids`.
 
-        Overridden (4.23, which has no such method, to 5.24) because a template is rendered before it is encoded, so
+        Overridden (4.23, which has no such method, to 5.24) because transformers encodes what a template writes, so
         that what a user typed could become a control token, and because `[gMASK]` is never parsed. A template, given
         here or the tokenizer's, that writes something else than `build_prompt` is left to transformers.
 
         Args:
             conversation: messages or (query, answer) pairs, as in `build_prompt`. It ends with a query (as a pair:
                 (query, None)) or with an answer; that follows `[gMASK] <sop>` and is closed by `<eop>`, to train on.
-            options: those of transformers. `add_generation_prompt` ends a query with the tokens that call for an
-                answer, `continue_final_message` leaves `<eop>` away. `return_assistant_tokens_mask` marks the last
-                answer, the only one that the model can learn from. `tokenizer_kwargs` go to `pad`. tools, documents
-                and the like have no effect.
+            options: those of transformers. `return_assistant_tokens_mask` marks the last answer, the only one that
+                the model can learn from; `tokenizer_kwargs` go to `pad`; tools, documents and such have no effect.
 
         Raises:
             ValueError: a conversation of another shape or with other roles, or a flag that does not fit its end.
@@ -409,13 +405,13 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             row = self(*one, split_special_tokens=True, return_token_type_ids=True, **options)
             unwanted = continue_final_message if len(one) == 2 else 0 if add_generation_prompt else 2  # at the end
             rows.append({name: values[: len(values) - unwanted] for name, values in row.items()})
-        encoded = dict(self.pad(rows, padding=padding, max_length=max_length, **(tokenizer_kwargs or {})))
+        pads = {"padding": padding, "max_length": max_length, **(tokenizer_kwargs or {})}
+        encoded = self.pad(rows, return_tensors=return_tensors, **pads)
         answers = encoded.pop("token_type_ids")
         if return_assistant_tokens_mask:
             encoded["assistant_masks"] = answers
         if not is_batch and return_tensors is None:
-            encoded = {name: values[0] for name, values in encoded.items()}
-        encoded = BatchEncoding(encoded, tensor_type=return_tensors)
+            encoded = BatchEncoding({name: values[0] for name, values in encoded.items()})
         if return_dict is None:
             from .compat import chat_returns_dict  # here, since it needs torch, and the rest of this file does not
 
@@ -438,8 +434,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         unless the caller says otherwise, and 5.0 has none.
         """
         options = (skip_special_tokens, clean_up_tokenization_spaces, spaces_between_special_tokens)
-        ids = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
-        ids = [ids] if isinstance(ids, int) else [one.tolist() if hasattr(one, "tolist") else one for one in ids]
+        ids = to_py_obj(token_ids)
+        ids = [ids] if isinstance(ids, int) else ids
         if ids and isinstance(ids[0], (list, tuple)):
             return self.batch_decode(ids, *options)
         hidden = {self.pad_token_id, *(self.all_special_ids if skip_special_tokens else ())}
@@ -450,8 +446,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             run = list(run)
             texts += run if is_added else [self.convert_tokens_to_string(run)]
         text = (" " if spaces_between_special_tokens else "").join(texts)
-        clean_up = clean_up_tokenization_spaces
-        return _clean_up(text) if (self.clean_up_tokenization_spaces if clean_up is None else clean_up) else text
+        if clean_up_tokenization_spaces is None:
+            clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
+        return _clean_up(text) if clean_up_tokenization_spaces else text
 
     def batch_decode(self, sequences: Any, *args: Any, **options: Any) -> list[str]:
         """A text for each row of ids; overridden because up to 4.27 it asks `decode` for the clean-up."""
