@@ -205,6 +205,13 @@ def state_of_thread(device: torch.device) -> list:
     return contexts
 
 
+def embedding_device(model):
+    """Where the embedding executes: its weight may wait elsewhere, moved by hooks of accelerate."""
+    embedding = model.get_input_embeddings()
+    device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+    return embedding.weight.device if device is None else device
+
+
 class ChatMixin:
     """chat, stream_chat and stream_generate of the model."""
 
@@ -300,7 +307,7 @@ class ChatMixin:
         kwargs.update({name: value for name, value in given.items() if value is not None})  # 4.23 knows no first one
         kwargs.update(input_ids=input_ids, logits_processor=LogitsProcessorList(logits_processor or []))
         kwargs["stopping_criteria"] = StoppingCriteriaList([*(stopping_criteria or []), tap])
-        run, context = contextvars.copy_context().run, state_of_thread(self.device)
+        run, context = contextvars.copy_context().run, state_of_thread(input_ids.device)
         thread = threading.Thread(target=run, args=(tap.run, context, self.generate, kwargs), daemon=True)
         thread.start()
         try:
@@ -319,7 +326,7 @@ class ChatMixin:
             del options["max_length"]
         room = None if answer_room is None else whole_number("answer_room", answer_room)
         limit = options.get("max_length", None if room is None else self.config.max_sequence_length)
-        prompt = torch.tensor([prompt_within(tokenizer, query, history, limit, room)], device=self.device)
+        prompt = torch.tensor([prompt_within(tokenizer, query, history, limit, room)], device=embedding_device(self))
         if options["do_sample"]:
             settings = options.get("generation_config") or generation_settings(self)
             own = getattr(settings, "top_k", None)

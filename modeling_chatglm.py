@@ -332,11 +332,12 @@ class PrefixEncoder(nn.Module):
             self.embedding = nn.Embedding(config.pre_seq_len, width)
         self.embedding.initial_std = 1.0  # torch's own, which the official training recipe starts from
 
-    def forward(self, batch: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-        """(keys, values) for each layer, [B, H, P, D] each."""
-        states = self.embedding.weight if not self.config.prefix_projection else self.trans(self.embedding.weight)
-        heads, size = self.config.num_attention_heads, self.config.head_size
-        states = states.to(dtype).view(1, -1, 2 * self.config.num_layers, heads, size).expand(batch, -1, -1, -1, -1)
+    def forward(self, hidden: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """(keys, values) for each layer, [B, H, P, D] each, for embeddings [B, S, hidden]."""
+        states = self.embedding(torch.arange(self.config.pre_seq_len, device=hidden.device))
+        states = self.trans(states) if self.config.prefix_projection else states
+        heads, size, batch = self.config.num_attention_heads, self.config.head_size, len(hidden)
+        states = states.to(hidden).view(1, -1, 2 * self.config.num_layers, heads, size).expand(batch, -1, -1, -1, -1)
         states = self.dropout(states).permute(2, 0, 3, 1, 4)
         return list(zip(states[0::2], states[1::2]))
 
@@ -571,7 +572,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         cached = cached_length(cache)
         if not self.prefix_length or not isinstance(cached, int) or cached:
             return None
-        prefix = self.prefix_encoder(hidden.shape[0], hidden.dtype)
+        prefix = self.prefix_encoder(hidden)
         if cache is None:
             return prefix
         past = Past(cache, None, self.prefix_length, hidden.device)

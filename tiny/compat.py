@@ -89,7 +89,8 @@ class GrowingStates:
         any other tensor (cropped, reordered, loaded), which is then copied into a new buffer once."""
         used = past.shape[-2] if past is not None and past.numel() else 0
         if torch.is_grad_enabled() and (new.requires_grad or (used and past.requires_grad)):
-            return new if not used else torch.cat((past, new), dim=-2)  # autograd keeps the past: don't write into it
+            # Autograd keeps the past: don't write into it. A P-tuning prefix may come from another device.
+            return new if not used else torch.cat((past.to(new), new), dim=-2)
         total = used + new.shape[-2]
         if not (used and self._holds(past, new)) or total > self.buffer.shape[-2]:
             batch, heads, _, size = new.shape
