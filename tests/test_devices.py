@@ -3,6 +3,8 @@
 Without a GPU the devices are the CPU and the disk; tests/test_devices_gpu.py has the rest.
 """
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """Models over a GPU and the CPU as two devices that both compute, over a GPU with offloading, and on one GPU."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import pytest
