@@ -66,10 +66,6 @@ try:  # 4.54
     from transformers.cache_utils import DynamicLayer
 except ImportError:
     DynamicLayer = None
-try:  # below 4.31 it may be missing
-    from safetensors import safe_open
-except ImportError:
-    safe_open = None
 
 # What generate calls the cache, in its arguments and in outputs: "past_key_values" before 5.24, "cache" since then.
 CACHE_NAME = "cache" if "cache" in {f.name for f in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
@@ -78,40 +74,31 @@ CHUNK = 256  # tokens of room that a full buffer grows by: 112 MiB for the 6B mo
 
 
 class GrowingStates:
-    """The keys, or the values, of one layer: a view [B, H, used, D] of a buffer [B, H, used + room, D]."""
+    """The keys, or the values, of one layer: the front [B, H, n, D] of a buffer with room for more tokens."""
 
-    def __init__(self):
-        self.buffer: Tensor | None = None
-        self.used = 0  # tokens of the buffer that were handed out: who kept them keeps their numbers
+    buffer = front = None
 
     def append(self, past: Tensor | None, new: Tensor) -> Tensor:
-        """past [B, H, n, D] or None, new [B, H, s, D] -> [B, H, n + s, D]; `past` is what the last call returned, or
-        any other tensor (cropped, reordered, loaded), which is then copied into a new buffer once."""
+        """past [B, H, n, D] or None, new [B, H, s, D] -> [B, H, n + s, D]. A `past` that is not what the last call
+        returned (but cropped, reordered, loaded) is copied into a new buffer, so that whoever kept it keeps it."""
         used = past.shape[-2] if past is not None and past.numel() else 0
         if torch.is_grad_enabled() and (new.requires_grad or (used and past.requires_grad)):
             # Autograd keeps the past: don't write into it. A P-tuning prefix may come from another device.
             return new if not used else torch.cat((past.to(new), new), dim=-2)
         total = used + new.shape[-2]
-        if not (used and self._holds(past, new)) or total > self.buffer.shape[-2]:
+        if not used or past is not self.front or total > self.buffer.shape[-2] or not self._takes(new):
             batch, heads, _, size = new.shape
             self.buffer = new.new_empty(batch, heads, total + CHUNK - total % CHUNK, size)
             if used:
                 self.buffer[:, :, :used] = past
-        self.buffer[:, :, used:total] = new
-        self.used = total
-        return self.buffer[:, :, :total]
+        self.buffer.narrow(2, used, new.shape[-2]).copy_(new)
+        self.front = self.buffer.narrow(2, 0, total)
+        return self.front
 
-    def _holds(self, past: Tensor, new: Tensor) -> bool:
-        """Whether `past` is the front of the buffer, and `new` can be written behind it."""
+    def _takes(self, new: Tensor) -> bool:
         buffer = self.buffer
-        if buffer is None or past.shape[-2] != self.used:
-            return False
-        if buffer.is_inference() and not torch.is_inference_mode_enabled():
-            return False
-        if any((t.dtype, t.device) != (buffer.dtype, buffer.device) for t in (past, new)):
-            return False
-        same_place = past.data_ptr() == buffer.data_ptr() and past.stride() == buffer.stride()
-        return same_place and past.shape[:2] == buffer.shape[:2]
+        writable = torch.is_inference_mode_enabled() or not buffer.is_inference()
+        return writable and new.dtype == buffer.dtype and new.device == buffer.device
 
 
 class GrowingCache(DynamicCache):
@@ -122,12 +109,12 @@ class GrowingCache(DynamicCache):
 
     def __init__(self):
         super().__init__()
-        self.growing = collections.defaultdict(GrowingStates)  # by layer and "keys" or "values"
+        self.growing = collections.defaultdict(GrowingStates)  # by layer and place among (keys, values)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
-        past_keys, past_values = cached_states(self, layer_idx) or (None, None)
-        keys = self.growing[layer_idx, "keys"].append(past_keys, key_states)
-        values = self.growing[layer_idx, "values"].append(past_values, value_states)
+        past = cached_states(self, layer_idx) or (None, None)
+        keys = self.growing[layer_idx, 0].append(past[0], key_states)
+        values = self.growing[layer_idx, 1].append(past[1], value_states)
         if DynamicLayer is None:
             for layers, states in ((self.key_cache, keys), (self.value_cache, values)):
                 layers += [None] * (layer_idx + 1 - len(layers))  # a pruned model leaves layers out
@@ -139,68 +126,71 @@ class GrowingCache(DynamicCache):
             layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
         return keys, values
 
-    if hasattr(DynamicCache, "crop"):  # 4.41 and older lack it
+    if hasattr(DynamicCache, "crop"):  # 4.42
 
         def crop(self, *args, **kwargs):
             super().crop(*args, **kwargs)
-            if self.in_generate:
-                for states in self.growing.values():
-                    states.used = min(states.used, self.get_seq_length())
+            for (layer_idx, place), states in self.growing.items() if self.in_generate else ():
+                states.front = cached_states(self, layer_idx)[place]
 
 
-def one_of(*caches):
-    """The cache among the arguments that different versions give it in; None where there is none."""
-    given = [cache for cache in caches if cache is not None]
-    if any(cache is not given[0] for cache in given):
+def given_cache(*arguments):
+    """The cache among the arguments that different versions give it in, as one with `update`; None for no cache."""
+    given = [past for past in arguments if past is not None]
+    if any(past is not given[0] for past in given):
         raise ValueError("two different caches, as past_key_values and as cache: give one")
-    return given[0] if given else None
+    return as_cache(given[0] if given else None)
 
 
 def as_cache(past):
-    """None, a tuple of (keys, values) [B, H, n, D] per layer, or any transformers Cache -> a cache with `update`."""
-    if past is None:
-        return GrowingCache()
-    if isinstance(past, (tuple, list)):
-        cache = GrowingCache()
-        for layer_idx, (keys, values) in enumerate(past):
-            cache.update(keys, values, layer_idx)
-        return cache
-    return past
+    """A Cache of transformers as it is; a tuple of (keys, values) [B, H, n, D] per layer in one that grows."""
+    if not isinstance(past, (tuple, list)):
+        return past
+    cache = GrowingCache()
+    for layer_idx, (keys, values) in enumerate(past):
+        cache.update(keys, values, layer_idx)
+    return cache
+
+
+def generation_settings(model):
+    """Where the defaults of `generate` stand: in the model's configuration below 4.25."""
+    return getattr(model, "generation_config", model.config)
+
+
+def chosen_setting(model, arguments: tuple, options: dict, name: str):
+    """What generate(inputs, *arguments, **options) takes for a setting: the first that is not None."""
+    # what 4.23 has as the first argument is no configuration
+    configs = (*arguments[:1], options.get("generation_config"), generation_settings(model), model.config)
+    sources = [options, *(vars(config) for config in configs if hasattr(config, "use_cache"))]
+    return next((source[name] for source in sources if source.get(name) is not None), None)
 
 
 def give_cache(model, arguments: tuple, options: dict):
     """Puts into the options of `generate` the cache that it is to use, under the name that this version knows: the
     caller's, or where generate would make a DynamicCache, one that grows in place and that generate alone has until
-    `take_back`.
-
-    Returns:
-        that cache; None where generate uses none, or makes one of another kind.
-    """
-    given = one_of(options.pop("past_key_values", None), options.pop("cache", None))
-    cache = as_cache(given)
-    if given is None:
-        # what 4.23 has as the first argument is none
-        configs = (*arguments[:1], options.get("generation_config"), generation_settings(model), model.config)
-        sources = [options, *(vars(config) for config in configs if hasattr(config, "use_cache"))]
-
-        def chosen(name: str):
-            return next((source[name] for source in sources if source.get(name) is not None), None)
-
-        if not chosen("use_cache") or chosen("cache_implementation") is not None or options.get("custom_generate"):
+    `take_back`. Returns it; None where generate uses none, or makes one of another kind."""
+    cache = given_cache(options.pop("past_key_values", None), options.pop("cache", None))
+    if cache is None:
+        use_cache, kind = (chosen_setting(model, arguments, options, n) for n in ("use_cache", "cache_implementation"))
+        if not use_cache or kind is not None or options.get("custom_generate"):
             return None
-        makes_caches = hasattr(GenerationMixin, "_prepare_cache_for_generation")  # older ones may share it with:
-        if options.get("assistant_model") is not None and not makes_caches:
-            return None
+        if options.get("assistant_model") and not hasattr(GenerationMixin, "_prepare_cache_for_generation"):
+            return None  # 4.44 and older may share it with the assistant
+        cache = GrowingCache()
         cache.in_generate = True
     options[CACHE_NAME] = cache
     return cache
 
 
-def take_back(cache) -> bool:
-    """Ends what `give_cache` began: whether generate made use of the cache."""
+def take_back(cache) -> None:
+    """Ends what `give_cache` began."""
     if isinstance(cache, GrowingCache):
         cache.in_generate = False
-    return cache is None or int(cached_length(cache)) > 0
+    if cache is not None and not int(cached_length(cache)):
+        warn_once(
+            "generate made no use of its cache, so each token computed the whole text again: this version of "
+            "transformers hands it over in another way than ChatGLM-6B-Slim knows; see the versions in its README"
+        )
 
 
 _geometries: dict = {}  # by the id of a cache that is not ours to change; some cannot be hashed
@@ -242,10 +232,7 @@ def fixed_length(cache) -> int | None:
     """Slots of a static cache, which hands out all of them at each update; None for caches that grow."""
     if cache is None or isinstance(cache, DynamicCache):
         return None
-    length = getattr(cache, "max_cache_len", None)
-    if length is None and getattr(cache, "layers", None):
-        length = getattr(cache.layers[0], "max_cache_len", None)
-    return length
+    return getattr((getattr(cache, "layers", None) or [cache])[0], "max_cache_len", None)  # of its layers since 4.54
 
 
 def chosen_attention(config):
@@ -264,21 +251,15 @@ def chosen_mask(config, visible: Tensor | None, dtype: torch.dtype) -> Tensor | 
     Raises:
         ValueError: a mask of another kind is registered, which a GLM context cannot be put into.
     """
-    name = config._attn_implementation
-    asked = ALL_MASK_ATTENTION_FUNCTIONS.get(name, sdpa_mask)
+    asked = ALL_MASK_ATTENTION_FUNCTIONS.get(config._attn_implementation, sdpa_mask)
     if visible is None or asked is sdpa_mask:
         return visible
     if asked is eager_mask:
         return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
     raise ValueError(
-        f"the mask registered for attn_implementation = {name!r} is {asked!r}: ChatGLM's is no causal one, register "
-        "transformers' sdpa_mask or eager_mask for it"
+        f"the mask of attn_implementation = {config._attn_implementation!r} is {asked!r}: ChatGLM's is no causal one, "
+        "register transformers' sdpa_mask or eager_mask for it"
     )
-
-
-def generation_settings(model):
-    """Where the defaults of `generate` stand: in the model's configuration below 4.25."""
-    return getattr(model, "generation_config", model.config)
 
 
 def is_tracing() -> bool:
@@ -376,15 +357,13 @@ class VersionedModel(PreTrainedModel):
         )
 
     def _set_gradient_checkpointing(
-        self, enable=True, gradient_checkpointing_func=checkpoint.checkpoint, every_n_layers: int = 1, **old
+        self, enable=True, gradient_checkpointing_func=checkpoint.checkpoint, every_n_layers: int = 1, value=None
     ):
         """Below 4.35 transformers calls this for each module, with `value`; from 5.23 on it can ask for layers between
         others, and counts only those of a class of its own."""
         network = self.base_model
-        network.gradient_checkpointing = old.pop("value", enable)
+        network.gradient_checkpointing = enable if value is None else value
         network.checkpoint_function, network.checkpoint_every = gradient_checkpointing_func, every_n_layers
-        if old:
-            raise TypeError(f"gradient checkpointing with {old} is unknown to this version of the model's code")
 
     def checkpointed(self, layer: nn.Module, layer_idx: int):
         """The layer as a function that keeps nothing for its backward pass, where checkpointing asks for that. Never
@@ -402,19 +381,14 @@ def loading_lock():
 def fill_missing(model: PreTrainedModel) -> None:
     """Initialises what is neither in the checkpoint nor offloaded: 4.36 to 4.49 take new tensors of equal size for
     tied ones, and leave them on the meta device without a word."""
-    missing = {
-        name: module
-        for name, module in model.named_modules()
-        if any(parameter.is_meta for parameter in module.parameters(recurse=False)) and not hasattr(module, "_hf_hook")
-    }
     device = next((parameter.device for parameter in model.parameters() if not parameter.is_meta), "cpu")
-    for module in missing.values():
-        loaded = {name: own for name, own in module.named_parameters(recurse=False) if not own.is_meta}
-        module.to_empty(device=device, recurse=False)
-        model._init_weights(module)
-        module._parameters.update(loaded)
-    if missing:
-        logger.warning(f"newly initialized, because the checkpoint has none: {', '.join(missing)}")
+    for name, module in model.named_modules():
+        loaded = {key: own for key, own in module.named_parameters(recurse=False) if not own.is_meta}
+        if len(loaded) < len(list(module.parameters(recurse=False))) and not hasattr(module, "_hf_hook"):
+            logger.warning(f"newly initialized, because the checkpoint has none: {name}")
+            module.to_empty(device=device, recurse=False)
+            model._init_weights(module)
+            module._parameters.update(loaded)
 
 
 # Code files of this process, as they were when they were first looked at; kept where this file is run again (4.4x).
@@ -456,7 +430,7 @@ WEIGHT_FILES = [f"{name}{of}" for name in ("model.safetensors", "pytorch_model.b
 SHARD = re.compile(r"-\d{5}-of-\d{5}(\.safetensors|\.bin)$")
 
 
-def check_weight_files(folder: str, without_weights: str) -> None:
+def check_weight_files(folder: str) -> None:
     """Raises an OSError of one line where a look at the files of a local folder shows why they cannot be loaded."""
     names = sorted(os.listdir(folder))
     shards = [name for name in names if SHARD.search(name)]
@@ -465,7 +439,10 @@ def check_weight_files(folder: str, without_weights: str) -> None:
         index = SHARD.sub(r"\1.index.json", shards[0])
         raise OSError(f"{folder} has {len(shards)} shards of weights but no {index}: download that file too")
     if found is None and not any(name.endswith((".safetensors", ".bin")) for name in names):
-        raise OSError(f"{folder}: {without_weights}")
+        raise OSError(
+            f"{folder}: this folder holds the code of ChatGLM-6B-Slim without weights: make a complete folder with "
+            "`python slim.py THUDM/chatglm-6b OUTPUT --repackage`, or give from_pretrained a Hub id that has them"
+        )
     for name in sorted(named_by(os.path.join(folder, found))) if found else ():
         if name not in names:
             raise OSError(f"{folder}: {found} names {name}, which is not there: download that file too")
@@ -484,13 +461,17 @@ def named_by(path: str) -> set[str]:
         if path.endswith(".json"):
             with open(path, encoding="utf-8") as file:
                 return set(json.load(file)["weight_map"].values())
-        if path.endswith(".safetensors") and safe_open is not None:
+        if path.endswith(".safetensors"):
+            from safetensors import safe_open
+
             with safe_open(path, "pt"):
                 pass
         elif start.startswith(b"PK"):
             zipfile.ZipFile(path).close()
         elif not size:
             raise ValueError("empty")
+    except ImportError:  # below 4.31 it may be missing, and is not asked for then
+        pass
     except Exception as error:  # SafetensorError is no class of its own in old versions
         raise OSError(
             f"{path} ends after {size:,} bytes and cannot be read as a whole ({error}): download it again"

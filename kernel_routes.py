@@ -342,9 +342,14 @@ def described(blocks: nn.ModuleList, final_norm: nn.Module, kinds: tuple[type, t
     return engine().Network(*sizes.pop(), values) if len(sizes) == 1 else None
 
 
-def move_to_huge_pages(model: nn.Module) -> None:
-    """Routes: the engine's; without it one line says so, and nothing is moved."""
+def move_to_huge_pages(model: nn.Module) -> nn.Module:
+    """Copies the weights on the CPU from the mapped files to huge pages of the process, where decoding reads them
+    faster; takes seconds for some GB. The parameters are new ones, so make an optimizer afterwards. Returns the model.
+
+    Routes: the engine's; without it one line says so, and nothing is moved.
+    """
     if engine() is None:
         warn_once(f"to_huge_pages() needs chatglm_cpu, and the weights stay where they are: {INSTALL}")
     else:
         engine().move_to_huge_pages(model)
+    return model

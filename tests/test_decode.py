@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 from chatglm_cpu import instruction_set, program, runtime
-from chatglm_slim import kernel_routes, modeling_chatglm
+from chatglm_slim import compat, kernel_routes, modeling_chatglm
 from chatglm_slim.modeling_chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from rounding import ROUNDINGS_OF_THE_HEAD, assert_as_near, exact, roundings
 
@@ -165,7 +165,7 @@ def test_cropped_reordered_and_rebuilt_caches_are_continued(monkeypatch, served)
             cache.crop(-3)
         else:
             cache = tuple((k[:, :, :9], v[:, :, :9]) for k, v in zip(cache.key_cache, cache.value_cache))
-            cache = modeling_chatglm.as_cache(cache)
+            cache = compat.as_cache(cache)
         cache.reorder_cache(torch.tensor([1, 1]))
         positions = torch.tensor([[[5], [4]]] * 2)
         return model(torch.tensor([[7], [8]]), past_key_values=cache, position_ids=positions).logits

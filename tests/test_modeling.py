@@ -10,8 +10,9 @@ from pathlib import Path
 import chatglm_cpu
 import pytest
 import torch
-from chatglm_slim import modeling_chatglm
-from chatglm_slim.compat import GrowingCache, as_cache
+import transformers
+from chatglm_slim import compat
+from chatglm_slim.compat import GrowingCache
 from chatglm_slim.configuration_chatglm import ChatGLMConfig
 from chatglm_slim.modeling_chatglm import (
     ChatGLMForConditionalGeneration,
@@ -611,13 +612,38 @@ def test_a_generation_that_makes_no_use_of_its_cache_says_so(model, monkeypatch)
         return {**prepare(self, input_ids, **kwargs), "use_cache": False}
 
     said: list = []
-    monkeypatch.setattr(modeling_chatglm, "warn_once", said.append)
+    monkeypatch.setattr(compat, "warn_once", said.append)
     model.generate(IDS, do_sample=False, max_new_tokens=3)
     model.generate(IDS, do_sample=False, max_new_tokens=3, use_cache=False)
     assert not said
     monkeypatch.setattr(type(model), "prepare_inputs_for_generation", without_cache)
     model.generate(IDS, do_sample=False, max_new_tokens=3)
     assert len(said) == 1 and "no use of its cache" in said[0]
+
+
+@torch.no_grad()
+def test_guidance_wants_a_whole_prompt_to_lead_away_from_and_then_equals_two_models(golden_model):
+    model, _, _ = golden_model("base2d")
+    prompt, other, scale, new = IDS[:, :6], torch.tensor([[33, 52, GMASK, SOP]]), 1.7, 6
+    options = {"do_sample": False, "max_new_tokens": new, "min_length": prompt.shape[1] + new}
+    with pytest.raises(ValueError, match=r"guidance_scale = 1.7: .* as negative_prompt_ids"):
+        model.generate(prompt, guidance_scale=scale, **options)
+    if not hasattr(getattr(transformers, "GenerationConfig", object)(), "guidance_scale"):
+        pytest.skip("this transformers version has no guidance")
+    assert torch.equal(model.generate(prompt, guidance_scale=1.0, **options), model.generate(prompt, **options))
+    guided = model.generate(prompt, guidance_scale=scale, negative_prompt_ids=other, **options)
+    for index in range(prompt.shape[1], guided.shape[1]):
+        answer = guided[:, prompt.shape[1] : index]
+        towards, away = (model(torch.cat((ids, answer), 1)).logits[0, -1].log_softmax(-1) for ids in (prompt, other))
+        scores = scale * (towards - away) + away
+        scores[EOP] = float("-inf")  # of min_length
+        assert scores[guided[0, index]] >= scores.max() - 1e-4
+
+
+def test_contrastive_search_is_refused_in_one_line(model):
+    with pytest.raises(ValueError, match="penalty_alpha = 0.6: .* no contrastive search") as error:
+        model.generate(IDS[:, :6], penalty_alpha=0.6, top_k=4, max_new_tokens=2)
+    assert "\n" not in str(error.value)
 
 
 @torch.no_grad()
@@ -630,7 +656,7 @@ def test_the_cache_of_the_caller_is_filled(model):
 
 
 def test_growing_cache_keeps_gradients():
-    cache = as_cache(None)
+    cache = GrowingCache()
     states = torch.randn(1, 1, 2, 4, requires_grad=True)
     cache.update(states, states, 0)
     keys, _ = cache.update(torch.randn(1, 1, 1, 4), torch.randn(1, 1, 1, 4), 0)
@@ -780,8 +806,8 @@ def test_a_mask_that_cannot_hold_a_glm_context_is_refused(golden_model):
         ({"input_ids": IDS, "attention_mask": torch.ones(2, 11)}, r"shape \(2, 11\)"),
         ({"input_ids": IDS, "attention_mask": torch.ones(1, 11, 11)}, r"shape \(1, 11, 11\)"),
         ({"input_ids": IDS, "attention_mask": torch.ones(1, 1, 11, 10)}, r"shape \(1, 1, 11, 10\)"),
-        ({"input_ids": IDS, "labels": IDS[:, 1:]}, r"labels of shape \(1, 10\) for an input of \(1, 11\)"),
-        ({"input_ids": IDS, "labels": IDS, "logits_to_keep": 1}, "labels with logits_to_keep = 1"),
+        ({"input_ids": IDS, "labels": IDS[:, 1:]}, r"labels of shape \(1, 10\) for logits of \(1, 11\)"),
+        ({"input_ids": IDS, "labels": IDS, "logits_to_keep": 1}, "no logits_to_keep"),
     ],
 )
 def test_bad_input_is_named(model, arguments, message):

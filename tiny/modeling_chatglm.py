@@ -29,6 +29,7 @@ from .chat import ChatMixin
 from .compat import (
     CACHE_NAME,
     GenerationMixin,
+    GrowingCache,
     Past,
     VersionedModel,
     as_cache,
@@ -36,11 +37,12 @@ from .compat import (
     check_weight_files,
     chosen_attention,
     chosen_mask,
+    chosen_setting,
     fixed_length,
     geometry_of,
     give_cache,
+    given_cache,
     is_tracing,
-    one_of,
     remember_geometry,
     take_back,
     warn_of_other_code,
@@ -58,10 +60,6 @@ from .quantization import (
     tied_head_keys,
 )
 
-GET_WEIGHTS = (
-    "this folder holds the code of ChatGLM-6B-Slim without weights: make a complete folder with "
-    "`python slim.py THUDM/chatglm-6b OUTPUT --repackage`, or give from_pretrained a Hub id that has them"
-)
 FINETUNE = "see finetune/README.md in the ChatGLM-6B-Slim repository"
 LABELS_IN_CONTEXT = (
     "labels before <sop>: tokens of a GLM context read each other in both directions, so the model sees what it is "
@@ -86,7 +84,6 @@ class Geometry(NamedTuple):
     mask_position: Tensor  # index of the first [gMASK], or without one of the first [MASK]: what the answer fills
     fills_blank: Tensor  # whether that is a [MASK]
     padding: Tensor  # tokens of padding on the left
-    is_padded: bool  # whether any row has hidden tokens
 
 
 def first_index(found: Tensor) -> Tensor:
@@ -111,24 +108,15 @@ def find_geometry(
     if filled is None:
         gmask, blank = first_index(ids == config.gmask_token_id), first_index(ids == config.mask_token_id)
         filled = torch.where(gmask == length, blank, gmask), gmask == length
-    if attention_mask is not None:
-        visible = attention_mask[:, :length].bool()
-    else:
-        visible = ids != (-1 if config.pad_token_id is None else config.pad_token_id)
-    padding, is_padded = first_index(visible), True
-    if not is_tracing():
-        refuse_rows(context_length == length, "<sop>", length)
-        refuse_rows(filled[0] == length, "[gMASK] or [MASK]", length)
-        is_padded = bool(padding.any()) if attention_mask is None else not bool(attention_mask.all())
-    return Geometry(context_length, *filled, padding, is_padded)
-
-
-def refuse_rows(missing: Tensor, what: str, length: int) -> None:
-    if missing.any():
-        raise ValueError(
-            f"row {int(missing.int().argmax())} of the input has no {what} among its {length} tokens: a GLM prompt "
-            "ends with [gMASK] <sop>, which the tokenizer adds; keep add_special_tokens=True"
-        )
+    pad = -1 if config.pad_token_id is None else config.pad_token_id
+    visible = ids != pad if attention_mask is None else attention_mask[:, :length].bool()
+    for index, what in () if is_tracing() else ((context_length, "<sop>"), (filled[0], "[gMASK] or [MASK]")):
+        if (index == length).any():
+            raise ValueError(
+                f"row {int((index == length).int().argmax())} of the input has no {what} among its {length} tokens: a "
+                "GLM prompt ends with [gMASK] <sop>, which the tokenizer adds; keep add_special_tokens=True"
+            )
+    return Geometry(context_length, *filled, first_index(visible))
 
 
 def shaping_ids(inputs_embeds: Tensor, embedding: nn.Module, config: ChatGLMConfig) -> Tensor:
@@ -178,9 +166,9 @@ def hidden_keys(
 
 def hides_any(geometry: Geometry | None, attention_mask: Tensor | None) -> bool:
     """Whether anything before a new token may be hidden from it."""
-    if geometry is not None and geometry.is_padded:
-        return True
-    return attention_mask is not None and (is_tracing() or bool((attention_mask == 0).any()))
+    if attention_mask is not None:
+        return is_tracing() or not bool(attention_mask.all())
+    return geometry is not None and bool(geometry.padding.any())
 
 
 def spread(hidden: Tensor, tokens: int, keys: int) -> Tensor:
@@ -386,7 +374,7 @@ class ChatGLMPreTrainedModel(VersionedModel):
         if not kwargs.get("state_dict"):
             folder = os.path.join(path, kwargs.get("subfolder") or "")
             if os.path.isdir(folder):
-                check_weight_files(folder, GET_WEIGHTS)
+                check_weight_files(folder)
             cls._judge_format(path, kwargs)
         warn_of_other_code(path)
         return super().from_pretrained(path, *args, **kwargs)
@@ -394,10 +382,8 @@ class ChatGLMPreTrainedModel(VersionedModel):
     @classmethod
     def _judge_format(cls, path, arguments: dict[str, Any]) -> None:
         """ValueError where the config.json at `path` says of the weights what they are not to be loaded as."""
-        names = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-        where = {name: arguments[name] for name in (*names, "use_auth_token") if name in arguments}
         try:
-            stored = ChatGLMConfig.get_config_dict(path, **where)[0]
+            stored = ChatGLMConfig.get_config_dict(path, **{**arguments, "trust_remote_code": None})[0]
         except OSError:  # there is none
             return
         if "model_type" in stored:
@@ -417,11 +403,8 @@ class ChatGLMPreTrainedModel(VersionedModel):
         return self.config.position_encoding_2d
 
     def get_masks(self, input_ids: Tensor, device) -> Tensor:
-        """The official mask of whole sequences, as `forward` derives it: [B, 1, S, S] bool, True for hidden.
-
-        Raises:
-            ValueError: a row without <sop>.
-        """
+        """The official mask of whole sequences, as `forward` derives it: [B, 1, S, S] bool, True for hidden. Raises a
+        ValueError for a row without <sop>."""
         ids = input_ids.to(device)
         sop = first_index(ids == self.config.bos_token_id)
         geometry = find_geometry(ids, self.config, filled=(sop, sop < 0))  # what the answer fills doesn't matter here
@@ -434,11 +417,7 @@ class ChatGLMPreTrainedModel(VersionedModel):
             mask_positions: for each row the index of its [MASK] or [gMASK].
             use_gmasks: for each row whether that is a [gMASK]; only 1-D models ask. None: none is.
 
-        Returns:
-            [B, 2, S]; [B, S] for 1-D models.
-
-        Raises:
-            ValueError: a row without <sop>.
+        Returns [B, 2, S]; [B, S] for 1-D models. Raises a ValueError for a row without <sop>.
         """
         places = torch.as_tensor(mask_positions, device=device).view(-1, 1)
         is_gmask = torch.as_tensor([False] if use_gmasks is None else use_gmasks, device=device).view(-1, 1)
@@ -522,12 +501,12 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        config, given = self.config, one_of(past_key_values, cache)
+        config, cache = self.config, given_cache(past_key_values, cache)
         attends = config.output_attentions if output_attentions is None else output_attentions
         shows_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         use_cache = config.use_cache if use_cache is None else use_cache
         use_cache = use_cache and not (self.gradient_checkpointing and self.training)
-        cache = as_cache(given) if use_cache or given is not None else None
+        cache = GrowingCache() if cache is None and use_cache else cache
         hidden = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         inputs, seen = hidden if input_ids is None else input_ids, self.tokens_in(cache)
         position_ids, unread = self.place(inputs, position_ids, attention_mask, cache, seen)
@@ -595,7 +574,11 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         keys = seen + S if slots is None else slots - self.prefix_length
         if not is_tracing():
             check_sizes(attention_mask, B, S, seen + S, keys)
-            self._warn_of_length(seen + S)
+            if seen + S > self.config.max_sequence_length:
+                warn_once(
+                    f"the text is longer than the {self.config.max_sequence_length} tokens that the model was trained "
+                    "for: answers may get worse"
+                )
         official = attention_mask is not None and attention_mask.dim() == 4
         geometry, first = geometry_of(cache), isinstance(seen, int) and seen == 0
         if first and (position_ids is None or not official):
@@ -617,19 +600,12 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             return position_ids, None
         return position_ids, hidden_keys(geometry, attention_mask, seen, S, keys, inputs.device)
 
-    def _warn_of_length(self, tokens: int) -> None:
-        if tokens > self.config.max_sequence_length:
-            warn_once(
-                f"the text is longer than the {self.config.max_sequence_length} tokens that the model was trained "
-                "for: answers may get worse"
-            )
-
     def checked_positions(self, position_ids: Tensor, new_tokens: int) -> Tensor:
         """[B, R, S] of what a caller gave for the new tokens."""
         rows = 2 if self.config.position_encoding_2d else 1
         if rows == 1 and position_ids.dim() == 2:
             position_ids = position_ids.unsqueeze(1)
-        if position_ids.dim() != 3 or position_ids.shape[1] != rows or position_ids.shape[2] != new_tokens:
+        if position_ids.dim() != 3 or position_ids.shape[1:] != (rows, new_tokens):
             raise ValueError(
                 f"position_ids of shape {tuple(position_ids.shape)}: this model takes [batch, {rows}, {new_tokens}] "
                 f"for {new_tokens} new tokens; leave them out to have them derived"
@@ -705,13 +681,13 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
             loss, the mean cross entropy in float32, cast to the model's dtype; logits [B, kept, V].
         """
         if labels is not None:
-            check_labels(labels, input_ids if inputs_embeds is None else inputs_embeds, logits_to_keep)
-            self._warn_of_vain_training(labels, input_ids, attention_mask, one_of(past_key_values, cache))
+            self._warn_of_vain_training(labels, input_ids, attention_mask, past_key_values if cache is None else cache)
         output = self.transformer(
             input_ids=input_ids,
             position_ids=position_ids,
             attention_mask=attention_mask,
-            past_key_values=one_of(past_key_values, cache),
+            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_attentions=output_attentions,
@@ -758,19 +734,26 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
 
     @functools.wraps(GenerationMixin.generate)
     def generate(self, inputs: Tensor | None = None, *args, **kwargs):
-        """Overridden to hand it a cache that grows in place, and official masks in a form that it lets pass."""
+        """Overridden to hand it a cache that grows in place, and official masks in a form that it lets pass; refuses
+        what runs the model on less than a whole prompt, or on copies of the cache with other rows."""
         adapter = getattr(getattr(self.prepare_inputs_for_generation, "__self__", None), "active_peft_config", None)
         if getattr(adapter, "is_prompt_learning", False):
             raise ValueError(PROMPT_TUNING)
+        penalty, guidance = (chosen_setting(self, args, kwargs, name) for name in ("penalty_alpha", "guidance_scale"))
+        if penalty:
+            raise ValueError(
+                f"penalty_alpha = {penalty}: ChatGLM has no contrastive search; sample, or take num_beams"
+            )
+        if guidance not in (None, 1) and kwargs.get("negative_prompt_ids") is None:
+            raise ValueError(
+                f"guidance_scale = {guidance}: a GLM says nothing without a prompt; give the ids of one, which "
+                "ends with [gMASK] <sop>, as negative_prompt_ids"
+            )
         ids = kwargs.get("input_ids") if inputs is None else inputs
         self._without_official_forms(kwargs.get("inputs_embeds") if ids is None else ids, kwargs)
         cache = give_cache(self, args, kwargs)
         output = super().generate(inputs, *args, **kwargs)
-        if not take_back(cache):
-            warn_once(
-                "generate made no use of its cache, so each token computed the whole text again: this version of "
-                "transformers hands it over in another way than ChatGLM-6B-Slim knows; see the versions in its README"
-            )
+        take_back(cache)
         return output
 
     def _without_official_forms(self, prompt: Tensor, options: dict[str, Any]) -> None:
@@ -783,21 +766,20 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         mask, positions = options.get("attention_mask"), options.pop("position_ids", None)
         if positions is not None and positions.dim() == 2 and self.position_encoding_2d:
             positions = None  # made by transformers, for an assistant
-        official = mask if mask is not None and mask.dim() == 4 else None
+        official = mask.bool() if mask is not None and mask.dim() == 4 else None
         if official is not None:
-            options["attention_mask"] = mask = (~official.bool().all(dim=2))[:, 0].long().expand(len(prompt), -1)
-        if official is None and positions is None:
+            options["attention_mask"] = mask = (~official.all(dim=2))[:, 0].long().expand(len(prompt), -1)
+        if positions is not None:
+            positions = self.transformer.checked_positions(positions, prompt.shape[1])
+        elif official is None:
             return
         derived_positions, derived_mask = self.transformer.place(prompt, None, mask, None, 0)
         real = torch.ones(prompt.shape[:2], device=prompt.device).bool() if mask is None else mask.bool()
-        judged = []
-        if official is not None:
-            judged.append(("attention_mask", official, (official.bool() != derived_mask)[real[:, None]]))
-        if positions is not None:
-            positions = self.transformer.checked_positions(positions, prompt.shape[1])
-            judged.append(("position_ids", positions, (positions != derived_positions) & real[:, None]))
-        for name, given, differs in judged:
-            if differs.any():
+        for name, given, derived, rows in (
+            ("attention_mask", official, derived_mask, real[:, None, :, None]),
+            ("position_ids", positions, derived_positions, real[:, None]),
+        ):
+            if given is not None and ((given != derived) & rows).any():
                 raise ValueError(
                     f"{name} of shape {tuple(given.shape)} is not what the model derives from this prompt, so it "
                     "cannot be continued for new tokens: give generate() a 2-D mask [batch, length] with 0 for hidden "
@@ -805,23 +787,15 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
                 )
 
     def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        past_key_values=None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        past=None,
-        cache=None,
-        **kwargs,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, inputs_embeds=None, **kwargs
     ) -> dict[str, Any]:
         """Overridden because positions and masks follow from the whole text, `input_ids`, of which a step gets only
         the new tokens. The positions that transformers 5 makes are not looked at."""
-        given = one_of(past_key_values, cache, past)  # 4.26 to 5.23, 5.24 and later, 4.25 and earlier
-        cache = None if given is None else as_cache(given)
-        inputs = {CACHE_NAME: cache, "attention_mask": attention_mask, "use_cache": use_cache}
-        names = ("output_attentions", "output_hidden_states", "logits_to_keep")
-        inputs.update({name: kwargs[name] for name in names if kwargs.get(name) is not None})
+        given = (kwargs.get(name) for name in ("past_key_values", "cache", "past"))  # the last one below 4.26
+        cache = given_cache(*given)
+        names = ("use_cache", "output_attentions", "output_hidden_states", "logits_to_keep")
+        inputs = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        inputs.update({CACHE_NAME: cache, "attention_mask": attention_mask})
         seen = self.transformer.tokens_in(cache)
         if not seen and inputs_embeds is not None:
             return {**inputs, "inputs_embeds": inputs_embeds}
@@ -837,24 +811,18 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
                 f"the cache holds {seen} tokens and the input has {total}: pass the whole text, prompt and answer, "
                 "with past_key_values"
             )
-        self._know_geometry(cache, input_ids, attention_mask, seen)
+        geometry = geometry_of(cache)
+        if geometry is None or len(geometry.padding) != len(input_ids) or input_ids.shape[1] > seen + 1:
+            geometry = find_geometry(input_ids, self.config, attention_mask)  # the cache may be another prompt's
+            if bool((geometry.context_length > seen).any()):
+                raise ValueError(
+                    f"the cache ends at token {seen}, inside a context of {int(geometry.context_length.max())}: a GLM "
+                    "context is read in both directions and cannot be continued; pass the whole prompt without a cache"
+                )
+            remember_geometry(cache, geometry)
         new = input_ids[:, seen - total :].contiguous()
         position_ids, unread = self.transformer.place(new, None, attention_mask, cache, seen)
         return {**inputs, "input_ids": new, "position_ids": position_ids, "attention_mask": unread}
-
-    def _know_geometry(self, cache, input_ids: Tensor, attention_mask: Tensor | None, seen: int) -> None:
-        """Reads it off the whole text where the cache has none, or may have that of another prompt."""
-        geometry = geometry_of(cache)
-        one_more = input_ids.shape[1] <= seen + 1
-        if geometry is not None and geometry.padding.shape[0] == input_ids.shape[0] and one_more:
-            return
-        geometry = find_geometry(input_ids, self.config, attention_mask)
-        if bool((geometry.context_length > seen).any()):
-            raise ValueError(
-                f"the cache ends at token {seen}, inside a context of {int(geometry.context_length.max())} tokens: a "
-                "GLM context is read in both directions and cannot be continued; pass the whole prompt without a cache"
-            )
-        remember_geometry(cache, geometry)
 
     @staticmethod
     def _reorder_cache(past, beam_idx: Tensor):
@@ -865,47 +833,22 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
 
     # --- weights -------------------------------------------------------------------------------------------------
 
-    def to_huge_pages(self) -> ChatGLMForConditionalGeneration:
-        """Copies the weights on the CPU from the mapped files to huge pages of the process, where decoding reads them
-        faster; takes seconds for some GB. The parameters are new ones, so make an optimizer afterwards."""
-        move_to_huge_pages(self)
-        return self
-
-    def quantize(self, bits: int, group_size: int = 0, quantize_head: bool | int = False, **kwargs):
-        """Replaces the linear layers by INT8 or INT4 ones, in place; see quantization.quantize_model."""
-        return quantize_model(self, bits, group_size=group_size, quantize_head=quantize_head, **kwargs)
-
-    def dequantize(self, dtype: torch.dtype | None = None):
-        """Plain layers with the same numbers in place of INT8 or INT4 ones; see quantization.dequantize_model."""
-        return dequantize_model(self, dtype)
+    to_huge_pages, quantize, dequantize = move_to_huge_pages, quantize_model, dequantize_model
 
 
 def as_asked(output, return_dict: bool | None, config: ChatGLMConfig):
     return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
 
-def check_labels(labels: Tensor, inputs: Tensor | None, logits_to_keep: int | Tensor) -> None:
-    if torch.is_tensor(logits_to_keep) or logits_to_keep:
-        raise ValueError(
-            f"labels with logits_to_keep = {logits_to_keep!r}: a loss needs the logits of all positions; give one of "
-            "the two"
-        )
-    if inputs is not None and labels.shape != inputs.shape[:2]:
-        raise ValueError(
-            f"labels of shape {tuple(labels.shape)} for an input of {tuple(inputs.shape[:2])}: give one label a "
-            "token, -100 where no loss is wanted; the model shifts them"
-        )
-
-
 def shifted_cross_entropy(logits: Tensor, labels: Tensor, num_items: int | None = None) -> Tensor:
     """Mean over the labels that are not -100 (or sum / num_items, which Trainer gives for accumulated batches)."""
-    labels = labels[:, 1:].reshape(-1).to(logits.device)
-    loss = F.cross_entropy(
-        logits[:, :-1].float().reshape(-1, logits.shape[-1]),
-        labels,
-        ignore_index=-100,
-        reduction="mean" if num_items is None else "sum",
-    )
+    if labels.shape != logits.shape[:2]:
+        raise ValueError(
+            f"labels of shape {tuple(labels.shape)} for logits of {tuple(logits.shape[:2])} tokens: give one label a "
+            "token, -100 where no loss is wanted, and no logits_to_keep; the model shifts them"
+        )
+    logits, labels = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().to(logits.device)
+    loss = F.cross_entropy(logits, labels, reduction="mean" if num_items is None else "sum")
     return loss if num_items is None else loss / num_items
 
 
