@@ -215,13 +215,14 @@ def test_batches_lose_no_example_and_keep_to_their_size(tokenizer):
 
 
 def test_training_is_repeatable_and_the_loss_falls(tokenizer):
-    def losses():
-        torch.manual_seed(0)
-        trainer = train_tiny.Trainer(train_tiny.new_model(TINY), tokenizer, DIALOGUES[:8], epochs=5, seed=0)
+    def losses(seed=0):
+        torch.manual_seed(seed)
+        trainer = train_tiny.Trainer(train_tiny.new_model(TINY), tokenizer, DIALOGUES[:8], epochs=5, seed=seed)
         return [trainer.epoch([trainer.vary(one) for one in trainer.to_learn], epoch) for epoch in range(5)]
 
-    first = losses()
-    assert first == losses()
+    # Products on some Intel CPUs round as the memory happens to lie, and Adam makes that a little larger.
+    first, again, other = torch.tensor([losses(), losses(), losses(seed=1)])
+    assert (first - again).abs().max() < (first - other).abs().max() / 10
     assert first[-1] < first[0]
 
 

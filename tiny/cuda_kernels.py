@@ -31,8 +31,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # Up to this many rows the weights are read as they are, from memory once. Above it they are first written out in 16
-# bits for cuBLAS, which moves 5 (INT8) or 9 (INT4) times the bytes but multiplies on tensor cores.
-FUSED_ROWS = 16
+# bits for cuBLAS, which moves 5 (INT8) or 9 (INT4) times the bytes but multiplies on tensor cores: an H200 gains by
+# that from about 12 rows on (benchmarks/gpu_quantization.py).
+FUSED_ROWS = 8
 
 SOURCE = r"""
 // A quantized matrix: `rows` output features by `columns` input features, row after row.
