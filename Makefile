@@ -21,12 +21,13 @@ TESTS ?= tests cpu/tests finetune/tests serving/tests
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 RUNTIME := $(VENV)/.runtime-installed
+CHAT := $(VENV)/.chat-installed
 DEV := $(VENV)/.dev-installed
 
 .PHONY: chat test lint ladder canary bench tiny clean
 .DEFAULT_GOAL := chat
 
-chat: $(RUNTIME)
+chat: $(CHAT)
 	@exec $(BIN)/python cli_chat.py --model "$(MODEL)" $(if $(DTYPE),--dtype $(DTYPE)) $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
 test: lint
@@ -55,6 +56,10 @@ clean:
 
 $(RUNTIME): requirements.txt cpu/pyproject.toml
 	@$(PYTHON) install.py --venv "$(VENV)" --torch-index "$(TORCH_INDEX)"
+	@touch $@
+
+$(CHAT): serving/requirements-chat.txt $(RUNTIME)
+	@$(PIP) -r $<
 	@touch $@
 
 $(DEV): requirements-dev.txt finetune/requirements.txt $(RUNTIME)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import select
 import signal
+import struct
 import time
+from collections.abc import Callable
 
 
 class Terminal:
@@ -39,15 +41,24 @@ class Terminal:
             return bool(piece)
         return True
 
-    def wait_for(self, text: str, after: int = 0, timeout: float = 60) -> int:
-        """Wait until `text` is on the screen after position `after`; returns the position behind it."""
+    def wait_until(self, is_there: Callable[[], bool], what: str, after: int = 0, timeout: float = 240) -> None:
         deadline = time.monotonic() + timeout
-        while text not in self.seen[after:]:
-            assert time.monotonic() < deadline, f"no {text!r} in {self.seen[after:]!r}"
-            assert self.read(0.2) or text in self.seen[after:], f"ended without {text!r}: {self.seen[after:]!r}"
+        while not is_there():
+            assert time.monotonic() < deadline, f"no {what!r} in {self.seen[after:]!r}"
+            assert self.read(0.2) or is_there(), f"ended without {what!r}: {self.seen[after:]!r}"
+
+    def wait_for(self, text: str, after: int = 0) -> int:
+        """Wait until `text` comes after position `after`; returns the position behind it."""
+        self.wait_until(lambda: text in self.seen[after:], text, after)
         return self.seen.index(text, after) + len(text)
 
-    def exit_code(self, timeout: float = 30) -> int:
+    def resize(self, lines: int, columns: int) -> None:
+        import fcntl
+        import termios
+
+        fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+
+    def exit_code(self, timeout: float = 120) -> int:
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             pid, status = os.waitpid(self.pid, os.WNOHANG)

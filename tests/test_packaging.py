@@ -40,7 +40,9 @@ def test_pinned_versions_lie_in_the_declared_ranges():
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    for declared, file in ((project["dependencies"], "requirements.txt"), (extras["dev"], "requirements-dev.txt")):
+    of_extras = {"dev": "requirements-dev", "finetune": "finetune/requirements", "chat": "serving/requirements-chat"}
+    files = [(project["dependencies"], "requirements.txt")]
+    for declared, file in files + [(extras[name], f"{file}.txt") for name, file in of_extras.items()]:
         pinned, ranges = pins(file), {r.name: r.specifier for r in map(Requirement, declared)}
         assert pinned.keys() == ranges.keys()
         assert all(ranges[name].contains(version) for name, version in pinned.items())

@@ -1,0 +1,128 @@
+"""The terminal chat with rich and prompt_toolkit, judged by what is on the screen."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+for library in ("pty", "pyte", "prompt_toolkit", "rich"):
+    pytest.importorskip(library)
+
+import pyte  # noqa: E402
+from rich.console import Console  # noqa: E402
+from terminal import Terminal  # noqa: E402
+
+from serving import screen  # noqa: E402
+
+WIDTH, HEIGHT = 60, 14
+CTRL_C, CTRL_D, UP = b"\x03", b"\x04", b"\x1b[A"
+DOCUMENT = """第一行，
+second line with **bold**, <b>html</b> and 2 * 3 * 4
+
+| 名称 | 值 |
+| --- | ---: |
+| 长一点的名字 | 1 |
+
+```python
+def f(x):
+    return x  # 注释
+```
+
+1. one
+2. two
+
+the end 👋！"""
+
+
+def lines_of(written: str) -> list[str]:
+    """What is on a screen of this size, and above it, after these bytes."""
+    shown = pyte.HistoryScreen(WIDTH, HEIGHT, history=1000)
+    pyte.Stream(shown).feed(written.replace("\n", "\r\n"))
+    above = ["".join(line[x].data for x in range(WIDTH)) for line in shown.history.top]
+    return [line.rstrip() for line in [*above, *shown.display]]
+
+
+def answered(monkeypatch, pieces: list[str], note: str = "") -> list[str]:
+    """The screen after an answer whose text was each of the pieces in turn."""
+    monkeypatch.setattr(screen, "REDRAWN", 0)
+    console = Console(file=io.StringIO(), force_terminal=True, width=WIDTH, height=HEIGHT, highlight=False)
+    answer = screen.MarkdownAnswer(console)
+    for text in pieces:
+        answer.show(text)
+    answer.finish(pieces[-1], note)
+    return [line for line in lines_of(console.file.getvalue()) if line]
+
+
+def growing(text: str) -> list[str]:
+    return [text[:length] for length in range(1, len(text) + 1)]
+
+
+def test_markdown_is_drawn_once_and_as_if_it_had_come_at_once(monkeypatch):
+    lines = answered(monkeypatch, growing(DOCUMENT))
+    assert lines == answered(monkeypatch, [DOCUMENT])
+    text = "\n".join(lines)
+    assert lines[:3] == ["ChatGLM>", "第一行，", "second line with bold, <b>html</b> and 2 * 3 * 4"]
+    assert " 长一点的名字   1" in lines
+    assert "     return x  # 注释" in lines and "```" not in text
+    assert lines[-3:] == [" 1 one", " 2 two", "the end 👋！"]
+
+
+def test_a_block_longer_than_the_screen_is_followed_and_in_the_end_whole(monkeypatch):
+    code = "```\n" + "\n".join(f"line {n}" for n in range(50))
+    lines = answered(monkeypatch, growing(code + "\n```"))
+    assert [line.strip() for line in lines[1:]] == [f"line {n}" for n in range(50)]
+    monkeypatch.setattr(screen, "REDRAWN", 0)
+    console = Console(file=io.StringIO(), force_terminal=True, width=WIDTH, height=HEIGHT)
+    answer = screen.MarkdownAnswer(console)
+    answer.show(code)
+    on_screen = "\n".join(lines_of(console.file.getvalue())[-HEIGHT:])
+    assert "line 49" in on_screen and "line 3\n" not in on_screen, "the end of what grows is what is looked at"
+    answer.finish(code, "")
+
+
+def test_what_was_printed_and_has_changed_is_printed_once_more(monkeypatch):
+    lines = answered(monkeypatch, ["one\n\ntwo", "ONE\n\ntwo"], note="(stopped)")
+    assert lines == ["ChatGLM>", "one", "ONE", "two", "(stopped)"]
+
+
+def test_control_characters_do_not_reach_the_screen(monkeypatch):
+    assert answered(monkeypatch, ["a\x1b[2Jb\x07c"])[1:] == ["a[2Jbc"]
+
+
+@pytest.mark.parametrize("text", ["para", "- a\n- b", "- a\n\n  b", "```\na\n\nb", "> a\nb", "| a |\n| - |\n| b |"])
+def test_the_last_block_is_never_taken_for_finished(text):
+    assert screen.finished(text) == 0
+    assert screen.finished(f"first\u2028\n\n{text}") == len("first\u2028\n\n")
+
+
+def test_a_person_types_edits_pastes_goes_back_and_interrupts():
+    program = [sys.executable, str(ROOT / "cli_chat.py"), "--device", "cpu", "--greedy"]
+    terminal = Terminal(program, PROMPT_TOOLKIT_NO_CPR="1", COLUMNS=str(WIDTH), LINES=str(HEIGHT))
+    terminal.resize(HEIGHT, WIDTH)
+
+    def screen_has(text: str) -> None:
+        terminal.wait_until(lambda: text in "\n".join(lines_of(terminal.raw.decode(errors="ignore"))), text)
+
+    screen_has("You>")
+    terminal.type("你好吗啊")
+    terminal.type(b"\x7f\x7f")  # two wide characters are taken back
+    screen_has("You> 你好\n")
+    terminal.type("\r")
+    screen_has("很高兴见到你！")
+    terminal.type(b"\x1b[200~1+1\n=?\x1b[201~")  # a paste of two lines is sent by Enter alone
+    screen_has("...> =?")
+    terminal.type(CTRL_C)
+    screen_has("(stop or Ctrl-D leaves)")
+    terminal.type(UP)
+    screen_has("You> 你好\n")
+    terminal.type("\x01\x0b/set temperature 0.5\r")
+    screen_has("temperature 0.5")
+    terminal.type(CTRL_D)
+    assert terminal.exit_code() == 0
+    assert "Traceback" not in terminal.seen
