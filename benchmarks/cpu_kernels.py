@@ -2,16 +2,23 @@
 
     python benchmarks/cpu_kernels.py [--rows 1 2 4 128 512] [--runs 9] [--head] [--threads N]
     python benchmarks/cpu_kernels.py --attention 512 1536 4096
+    python benchmarks/cpu_kernels.py --sweep [--rows 1 4 16 128] [--formats bfloat16 int4]
 
 All candidates of one number of rows run alternately in one process, since the memory bandwidth of a machine drifts.
 A time is the sum over the four matrices of a layer (201 million weights) of their medians over the runs. `share` is
 the time of reading the same bytes, in the same run, over the time of the product. Candidates that are far slower than
 the rest run once. Needs 3 GB of memory. `--attention` measures the attention of a layer over prompts instead.
+
+`--sweep` (80 s for all rows) times what the engine has chosen for each format and number of rows, every other way that
+it knows, and PyTorch's product with bfloat16 weights, each with its weight read from memory: of query_key_value below
+MANY_ROWS rows, of dense from there on. It names what is more than 10 % slower than its best way, and products with
+quantized weights that take more than 1.5 times as long as those with bfloat16 ones, both after a second look.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 import time
@@ -182,12 +189,111 @@ def report_attention(attention, prompts: list[int], runs: int) -> None:
             print(f"| {tokens:6} | {name:28} | {1e3 * seconds:8.1f} | {flops:7.0f} |")
 
 
+SWEEP_ROWS = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256, 512, 1024, 2048]
+MANY_ROWS = 128  # where products are bound by computing
+FORMATS = {  # name: bits, columns a scale, int8 activations
+    "bfloat16": (16, 0, False),
+    "float16": (16, 0, False),
+    "int8": (8, 0, False),
+    "int8, int8 activations": (8, 0, True),
+    "int8 groups of 128": (8, 128, False),
+    "int4": (4, 0, False),
+    "int4, int8 activations": (4, 0, True),
+    "int4 groups of 128": (4, 128, False),
+    "int4 groups of 32": (4, 32, False),
+}
+PLAIN = "bfloat16 F.linear"
+SLOWER_THAN_BEST, SLOWER_THAN_PLAIN = 1.1, 1.5  # what is named
+HOPELESS = 4  # times as slow as the fastest: run once
+
+
+class Sweep:
+    """One weight in all formats, and the ways to multiply with it."""
+
+    def __init__(self, shape: tuple[int, int]):
+        self.routes, self.kernels = engine_module("routes"), engine_module("kernels")
+        self.matrix = Matrix(*shape)
+
+    def weight(self, name: str) -> tuple:
+        """weight, scale, bits."""
+        bits, group, _ = FORMATS[name]
+        if bits == 16:
+            return self.matrix.dense(getattr(torch, name)), None, 16
+        weight = self.matrix.int8 if bits == 8 else self.matrix.int4
+        return weight, self.matrix.groups[group] if group else self.matrix.scale, bits
+
+    def ways(self, name: str, rows: int) -> tuple[str, dict]:
+        """The way that the engine takes, and way -> function without arguments, PLAIN among them."""
+        dtype = torch.float16 if name == "float16" else torch.bfloat16
+        x, (weight, scale, bits) = torch.randn(rows, self.matrix.shape[1]).to(dtype), self.weight(name)
+        group, int8 = FORMATS[name][1:]
+        ours = self.routes.candidates(rows, dtype, bits, group, weight.dtype, int8)
+        chosen = self.routes.ranked(x, weight, scale, bits, int8)[0]
+        dense, plain_x = self.matrix.dense(torch.bfloat16), x.bfloat16()
+        calls = {way: functools.partial(self.routes.linear_by, way, x, weight, scale, bits) for way in ours}
+        calls[PLAIN] = functools.partial(F.linear, plain_x, dense)
+        return chosen, {way: (call, dense if way == PLAIN else weight) for way, call in calls.items()}
+
+    def times(self, ways: dict, rows: int, runs: int) -> dict[str, float]:
+        """way -> median seconds, of the ways that serve here, run in turn."""
+        seconds: dict[str, list[float]] = {}
+        best = 0.0
+        for run in range(runs + 1):  # the first one compiles and warms up
+            for way, (call, weight) in ways.items():
+                if run and (way not in seconds or (run > 1 and seconds[way][0] > HOPELESS * best)):
+                    continue
+                self.kernels.flush(weight)
+                start = time.perf_counter()
+                served = call() is not None
+                taken = time.perf_counter() - start
+                if run:
+                    seconds[way].append(taken)
+                elif served:
+                    seconds[way] = []
+            best = min((min(runs) for runs in seconds.values() if runs), default=0.0)
+        return {way: statistics.median(runs) for way, runs in seconds.items()}
+
+    def line(self, name: str, rows: int, runs: int) -> tuple[list[str], str]:
+        """A line of the table, and what is wrong with it."""
+        chosen, ways = self.ways(name, rows)
+        for more in (1, 3):
+            times = self.times(ways, rows, more * runs)
+            plain, ours = times.pop(PLAIN), times[chosen]
+            best = min(times, key=times.get)
+            wrong = [f"{ours / times[best]:.2f} times {best}"] * (ours > SLOWER_THAN_BEST * times[best])
+            if name not in ("bfloat16", "float16") and rows >= MANY_ROWS and ours > SLOWER_THAN_PLAIN * plain:
+                wrong.append(f"{ours / plain:.2f} times {PLAIN}")
+            if not wrong:
+                break
+        others = ", ".join(f"{way} {1e3 * times[way]:.2f}" for way in sorted(times, key=times.get) if way != chosen)
+        cells = [str(rows), f"{1e3 * ours:.2f}", chosen, f"{1e3 * plain:.2f}", f"{ours / plain:.2f}", others or "–"]
+        return cells, f"{name}, {rows} rows, {chosen}: {' and '.join(wrong)}" if wrong else ""
+
+
+def report_sweep(rows: list[int], formats: list[str]) -> None:
+    few, many = Sweep(LAYER[0]), Sweep(LAYER[1])
+    start, slow = time.perf_counter(), []
+    for name in formats:
+        print(f"\n{name}, ms; load average {load_average():.1f}")
+        print(f"| rows | ours | its way | {PLAIN} | ours / it | other ways |")
+        print("| ---: | ---: | --- | ---: | ---: | --- |")
+        for count in rows:
+            runs = 7 if count <= 16 else 3 if count < 512 else 2
+            cells, wrong = (many if count >= MANY_ROWS else few).line(name, count, runs)
+            print(f"| {' | '.join(cells)} |{' <- slow' * bool(wrong)}", flush=True)
+            slow += [wrong] * bool(wrong)
+    print(f"\n{time.perf_counter() - start:.0f} s; slower than they should be: {len(slow)}")
+    print("\n".join(slow))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 128, 512], help="rows of activations")
+    parser.add_argument("--rows", type=int, nargs="+", help="rows of activations (1 2 4 128 512; --sweep: many)")
     parser.add_argument("--runs", type=int, default=9, help="runs, of which the median counts")
     parser.add_argument("--head", action="store_true", help="the output layer instead of one of the 28")
     parser.add_argument("--attention", type=int, nargs="+", metavar="TOKENS", help="attention over such prompts")
+    parser.add_argument("--sweep", action="store_true", help="every format and way for many numbers of rows")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, help="of the sweep; all but float16 by default")
     parser.add_argument("--threads", type=int, help="threads, torch's own choice by default")
     options = parser.parse_args()
     if options.threads:
@@ -200,10 +306,17 @@ def main() -> None:
             report_attention(engine_module("prompt"), options.attention, options.runs)
         return
     print("instruction set of our kernels:", kernels.instruction_set() or "none (llvmlite is missing or no AVX2)")
+    if options.sweep:
+        if not kernels.instruction_set():
+            parser.error("there is nothing to compare without the engine's kernels")
+        with torch.inference_mode():
+            formats = options.formats or [name for name in FORMATS if name != "float16"]
+            report_sweep(options.rows or SWEEP_ROWS, formats)
+        return
     matrices = [Matrix(*shape) for shape in (HEAD if options.head else LAYER)]
     weights = sum(m.shape[0] * m.shape[1] for m in matrices)
     with torch.inference_mode():
-        for rows in options.rows:
+        for rows in options.rows or [1, 2, 4, 128, 512]:
             report(rows, measure(rows, matrices, kernels, quantization, options.runs), weights)
 
 
