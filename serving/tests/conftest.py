@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -41,3 +42,12 @@ def threads_as_found():
     found = torch.get_num_threads()
     yield
     torch.set_num_threads(found)
+
+
+@pytest.fixture(scope="session")
+def real_sp_model() -> Path:
+    """The real `ice_text.model`, which is not ours to ship."""
+    path = Path(os.environ.get("ICE_TEXT_MODEL", ROOT.parent / "shared" / "ice_text" / "ice_text.model"))
+    if not path.is_file():
+        pytest.skip("set ICE_TEXT_MODEL to the real ice_text.model to run this test")
+    return path
