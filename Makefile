@@ -1,4 +1,5 @@
 # make chat   a terminal chat; MODEL=folder-or-hub-id DTYPE=bfloat16 DEVICE=cuda ARGS="--bits 4" as you like
+# make serve  a server for many at once, as OpenAI's clients expect it; MODEL, DTYPE, DEVICE and ARGS as for chat
 # make test   format, lint and all tests
 # make ladder the tests of every supported transformers version, and their table
 # make canary every test on the newest libraries that pip finds (PyTorch too: gigabytes; TORCH_INDEX=URL for another)
@@ -22,13 +23,17 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 RUNTIME := $(VENV)/.runtime-installed
 CHAT := $(VENV)/.chat-installed
+SERVER := $(VENV)/.server-installed
 DEV := $(VENV)/.dev-installed
 
-.PHONY: chat test lint ladder canary bench tiny clean
+.PHONY: chat serve test lint ladder canary bench tiny clean
 .DEFAULT_GOAL := chat
 
 chat: $(CHAT)
 	@exec $(BIN)/python cli_chat.py --model "$(MODEL)" $(if $(DTYPE),--dtype $(DTYPE)) $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
+
+serve: $(SERVER)
+	@exec $(BIN)/python serving/api.py --model "$(MODEL)" $(if $(DTYPE),--dtype $(DTYPE)) $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
 test: lint
 	HF_HUB_OFFLINE=1 HF_MODULES_CACHE="$(abspath $(VENV))/modules" $(BIN)/python -m pytest $(TESTS)
@@ -62,7 +67,11 @@ $(CHAT): serving/requirements-chat.txt $(RUNTIME)
 	@$(PIP) -r $<
 	@touch $@
 
-$(DEV): requirements-dev.txt finetune/requirements.txt $(RUNTIME)
+$(SERVER): serving/requirements.txt $(RUNTIME)
+	@$(PIP) -r $<
+	@touch $@
+
+$(DEV): requirements-dev.txt finetune/requirements.txt serving/requirements.txt $(RUNTIME)
 	@echo "installing requirements-dev.txt into $(VENV)"
 	@$(PIP) -r requirements-dev.txt
 	@touch $@

@@ -26,6 +26,7 @@ from fastapi import FastAPI, Request, Response  # noqa: E402
 from serving import errors  # noqa: E402
 from serving.door import LOOPBACK, Door  # noqa: E402
 from serving.formats import ChatFormat, CompletionFormat  # noqa: E402
+from serving.loading import DTYPES, load  # noqa: E402
 from serving.schemas import (  # noqa: E402
     ChatRequest,
     CompletionRequest,
@@ -148,7 +149,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--allow-host", action="append", default=[], help="a name that requests may call it by")
     parser.add_argument("--api-key-file", type=Path, help="a key on each line; any of them lets in")
     parser.add_argument("--bits", type=int, choices=(0, 4, 8), default=0, help="quantize the loaded weights")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: the checkpoint's own")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: the first GPU, else the CPU)")
     parser.add_argument("--slots", type=int, default=16, help="answers at once")
     parser.add_argument("--queue", type=int, default=64, help="requests that may wait; the next ones get a 429")
@@ -184,11 +185,9 @@ def keys_in(path: Path | None) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
-    from cli_chat import load
-
     try:
         keys = keys_in(options.api_key_file)
-        tokenizer, model = load(options)
+        tokenizer, model = load(options.model, options.dtype, options.bits, options.device)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         print(f"cannot serve {options.model}: {error}", file=sys.stderr)
         return 1
