@@ -323,6 +323,7 @@ class VersionedModel(PreTrainedModel):
         with loading_lock():
             loaded = super().from_pretrained(path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True
+        model.config.check_processes(getattr(model, "tp_size", None) or 1)
         fill_missing(model)
         model.freeze()
         return loaded

@@ -120,6 +120,30 @@ class ChatGLMConfig(PretrainedConfig):
         return bits if self.quantization_bit else 0
 
     @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """How transformers splits the network over processes (5.23): by heads, and by inner columns."""
+        plan = {}
+        for part, split, join in (
+            ("attention", "query_key_value", "dense"),
+            ("mlp", "dense_h_to_4h", "dense_4h_to_h"),
+        ):
+            plan.update({f"layers.*.{part}.{split}": "colwise", f"layers.*.{part}.{join}": "rowwise"})
+            if self.quantization_bit and not self.quantization_group_size:  # each process needs the scale of a row
+                plan[f"layers.*.{part}.{join}.weight_scale"] = "replicate"
+        return plan if self.head_bits else {**plan, "word_embeddings": "embedding_rowwise"}
+
+    def check_processes(self, processes: int) -> None:
+        """ValueError where that many cannot have equal parts of each layer."""
+        group = self.quantization_group_size or 1
+        units = {"num_attention_heads": self.num_attention_heads}
+        units.update({name: getattr(self, name) // group for name in ("hidden_size", "inner_hidden_size")})
+        for name, parts in units.items():
+            cure = f"{processes} processes cannot share {parts} heads, or groups of columns; take a divisor of {parts}"
+            check(name, getattr(self, name), parts % processes == 0, cure)
+        alone = processes == 1 or self.pre_seq_len is None
+        check("pre_seq_len", self.pre_seq_len, alone, "tensor parallelism is not for P-tuning: use a device_map")
+
+    @property
     def num_image_tokens(self) -> int:
         """Rows in front of the text vocabulary: 20000 in the first release, 0 after slimming."""
         is_full = (self.pad_token_id or 0) >= IMAGE_TOKENS or self.bos_token_id == SOP + IMAGE_TOKENS

@@ -244,7 +244,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, hidden: Tensor, rotary, visible: Tensor | None, past: Past, output_attentions: bool):
         B, S, _ = hidden.shape
-        fused = linear(self.query_key_value, hidden).view(B, S, self.heads, 3, self.head_size)
+        fused = linear(self.query_key_value, hidden).view(B, S, -1, 3, self.head_size)
         query, key = rotate(fused[..., :2, :], *rotary).transpose(1, 2).unbind(-2)  # [B, H, S, D] each
         value = fused[..., 2, :].transpose(1, 2)
         key, value = past.extend(key, value, self.layer_idx)
@@ -627,6 +627,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
 
     # A dict for transformers 5; iterates over its keys like the list that 4.x expects.
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # as the embedding, which may have the same weight
 
     def __init__(self, config: ChatGLMConfig, *args, **kwargs):
         config = copy.deepcopy(config)  # quantize() changes it: a model owns its configuration
@@ -641,6 +642,8 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         else:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+        if config.head_bits:
+            self._tp_plan = {name: way for name, way in self._tp_plan.items() if name != "lm_head"}
         self.freeze()
 
     def get_output_embeddings(self) -> nn.Module:

@@ -102,6 +102,7 @@ class QuantizedLinear(nn.Module):
     """
 
     quantize_activations = False  # see ChatGLMConfig
+    _hf_quantized_needs_local_tp = True  # tensor parallelism hands it plain tensors, also for gradients
 
     def __init__(
         self, in_features: int, out_features: int, bits: int, group_size: int = 0, bias: bool = True, device=None
@@ -274,12 +275,13 @@ def linear_layers(module: nn.Module, kind: type = nn.Linear) -> Iterator[tuple[n
 
 
 def refuse_offloaded(model: nn.Module, what: str) -> None:
-    """Weights that accelerate keeps on disk or elsewhere lie on the meta device until they are used."""
-    away = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
+    """Weights that accelerate keeps on disk or elsewhere lie on the meta device until they are used; of those that are
+    split over processes (DTensor) each has a part."""
+    away = [name for name, own in model.named_parameters() if own.is_meta or hasattr(own, "placements")]
     if away:
         raise ValueError(
-            f"{what}: {len(away)} weights are offloaded and not in memory, {away[0]} for one; load the model without "
-            "device_map first, as `python slim.py SOURCE OUTPUT --bits 4` also does, and move it afterwards"
+            f"{what}: {len(away)} weights are offloaded or split over processes, {away[0]} for one; load the model as "
+            "a whole first, as `python slim.py SOURCE OUTPUT --bits 4` also does, and spread it afterwards"
         )
 
 
