@@ -12,7 +12,6 @@ Notation: M rows of activations, N output features, K input features, G groups o
 from __future__ import annotations
 
 import builtins
-import contextlib
 import ctypes
 import ctypes.util
 import functools
@@ -27,7 +26,7 @@ import types
 import warnings
 
 import torch
-from torch import Tensor
+from torch import Tensor, cuda
 from torch.nn import functional as F
 
 # Up to this many rows the weights are read as they are, from memory once. Above it they are first written out in 16
@@ -292,6 +291,7 @@ KERNELS(half, 8) KERNELS(bfloat16, 8) KERNELS(float, 8)
 KERNELS(half, 4) KERNELS(bfloat16, 4) KERNELS(float, 4)
 """
 
+_DEVICE = "cuda"  # type of the tensors that are served
 _ELEMENTS = {torch.float16: "half", torch.bfloat16: "bfloat16", torch.float32: "float"}
 _SCALE_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # enum ScaleType
 _LINEAR_THREADS, _LINEAR_ROWS = 128, 8  # a block: 4 warps, WARP_ROWS output features each
@@ -415,7 +415,7 @@ class _Kernels:
     def __init__(self, cpm: types.SimpleNamespace, device: torch.device, cubin: bytes):
         self._cpm, self._device = cpm, device
         self._set_device = functools.partial(cpm.cudart.cudaSetDevice, device.index or 0)  # of a runtime of its own
-        with _on(device):
+        with cuda.device(device):
             self._set_device()
             cpm.cudart.cudaFree(None)  # makes the device's context, if nothing has
             module = cpm.cuda.cuModuleLoadData(cubin)  # here, not at the first product: the driver may refuse it
@@ -440,29 +440,10 @@ class _Kernels:
             return
         values = [ctypes.c_void_p(item.data_ptr()) if isinstance(item, Tensor) else item for item in arguments]
         addresses = [ctypes.addressof(value) for value in values]
-        with _on(self._device):
+        with cuda.device(self._device):
             self._set_device()
-            function, stream = self._function(name), _stream(self._device)
+            function, stream = self._function(name), cuda.current_stream(self._device).cuda_stream
             self._cpm.cuda.cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, 0, stream, addresses)
-
-
-# The four questions put to torch.cuda; the tests answer them for the emulated device.
-
-
-def _is_served(tensor: Tensor) -> bool:
-    return tensor.is_cuda
-
-
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    return torch.cuda.device(device)
-
-
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream
 
 
 # ---- Loading, once, at the first use --------------------------------------------------------------------------------
@@ -479,7 +460,7 @@ _loaded: dict[int, _Kernels | None] = {}  # by device index; None: tried, warned
 def _kernels_for(*tensors: Tensor) -> _Kernels | None:
     """The kernels of the tensors' device; None elsewhere than on one NVIDIA GPU and wherever loading has failed."""
     device = tensors[0].device
-    if not _is_served(tensors[0]) or any(tensor.device != device for tensor in tensors):
+    if device.type != _DEVICE or any(tensor.device != device for tensor in tensors):
         return None
     if device.index not in _loaded:
         with _lock:
@@ -491,12 +472,12 @@ def _kernels_for(*tensors: Tensor) -> _Kernels | None:
 def _load_or_warn(device: torch.device) -> _Kernels | None:
     try:
         cpm = _cpm_kernels()
-        kernels = _Kernels(cpm, device, _compile(cpm.nvrtc, _capability(device)))
+        kernels = _Kernels(cpm, device, _compile(cpm.nvrtc, cuda.get_device_capability(device)))
         _check(kernels, device)
         return kernels
     except _Unavailable as error:
         _warn_once(str(error))
-    except torch.cuda.OutOfMemoryError:  # says itself what is wrong, and the next product may find room
+    except cuda.OutOfMemoryError:  # says itself what is wrong, and the next product may find room
         raise
     except Exception as error:  # whatever a driver, a loader or a package may raise: named, then left to PyTorch
         cure = "If that does not say what to do: update the NVIDIA driver, torch and cpm_kernels to matching versions."

@@ -575,7 +575,9 @@ def test_launches_go_to_the_tensors_device_and_to_its_current_stream(emulated, u
 
 @needs_compilers
 def test_a_runtime_library_of_its_own_does_not_send_cpm_kernels_to_another_gpu(emulated, monkeypatch, unchecked):
-    monkeypatch.setattr(cuda_kernels, "_on", lambda device: contextlib.nullcontext())  # torch's copy; cpm's stays at 0
+    monkeypatch.setattr(
+        cuda_kernels.cuda, "device", lambda device: contextlib.nullcontext()
+    )  # torch's copy; cpm's stays at 0
     kernels = cuda_kernels._load_or_warn(torch.device("cuda", 1))
     checks.check_linear(kernels, 1, 3, 64, 8, 1, torch.float16, torch.float16)
     assert emulated.emulatedLastDevice() == 1
@@ -612,7 +614,7 @@ def first_use_in_thread():
 
 @needs_compilers
 def test_a_gpu_newer_than_nvrtc_runs_the_code_of_its_own_generation(emulated, monkeypatch):
-    monkeypatch.setattr(cuda_kernels, "_capability", lambda device: (8, 9 + 2))
+    monkeypatch.setattr(cuda_kernels.cuda, "get_device_capability", lambda device: (8, 9 + 2))
     y, texts = first_use()
     assert y is not None
     assert texts == []
@@ -651,7 +653,7 @@ def test_a_missing_library_is_named_once_with_its_cure(emulated, toolkit, tmp_pa
 
 @needs_compilers
 def test_a_gpu_that_nvrtc_does_not_know_is_named_once_with_its_cure(emulated, monkeypatch):
-    monkeypatch.setattr(cuda_kernels, "_capability", lambda device: (3, 5))
+    monkeypatch.setattr(cuda_kernels.cuda, "get_device_capability", lambda device: (3, 5))
     y, texts = first_use()
     assert y is None
     assert len(texts) == 1
@@ -732,7 +734,7 @@ def test_on_windows_torchs_folders_and_those_of_path_are_searched(monkeypatch, t
 
 def test_a_rocm_build_of_pytorch_is_named(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    monkeypatch.setattr(cuda_kernels, "_is_served", lambda tensor: True)
+    monkeypatch.setattr(cuda_kernels, "_DEVICE", "cpu")
     monkeypatch.setattr(cuda_kernels, "_loaded", {})
     cuda_kernels._cpm_kernels.cache_clear()
     cuda_kernels._warn_once.cache_clear()

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+from torch.cuda import OutOfMemoryError
 
 STREAM = 0x5EED
 
@@ -22,10 +25,10 @@ def emulated(library: Path, capability: tuple[int, int] = (8, 0)) -> dict[str, A
         finally:
             driver.cudaSetDevice(0)
 
-    return {
-        "_is_served": lambda tensor: True,
-        "_capability": lambda device: capability,
-        "_on": on,
-        "_stream": lambda device: STREAM,
-        "_loaded": {},
+    answers = {
+        "device": on,
+        "get_device_capability": lambda device: capability,
+        "current_stream": lambda device: SimpleNamespace(cuda_stream=STREAM),
+        "OutOfMemoryError": OutOfMemoryError,
     }
+    return {"cuda": SimpleNamespace(**answers), "_DEVICE": "cpu", "_loaded": {}}
