@@ -14,6 +14,8 @@ from chatglm_slim import compat, kernel_routes, modeling_chatglm
 from chatglm_slim.modeling_chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from rounding import ROUNDINGS_OF_THE_HEAD, assert_as_near, exact, roundings
 
+from serving.slots import PromptStates, Slots
+
 pytestmark = pytest.mark.skipif(
     not instruction_set() or runtime.openmp_function("GOMP_barrier") is None,
     reason="needs llvmlite, a CPU with AVX2 and FMA, and GNU's OpenMP",
@@ -132,20 +134,47 @@ def test_other_positions_and_a_prefix(monkeypatch, served, changes):
     assert all(served)
 
 
-@pytest.mark.parametrize("batch", [2, 4, 5])
+@pytest.mark.parametrize("batch", [2, 4, 5, 11, 16, 17])
 @torch.no_grad()
-def test_batches_of_up_to_four_sequences(monkeypatch, served, batch):
+def test_batches_of_up_to_sixteen_sequences(monkeypatch, served, batch):
     ids = IDS.repeat(batch, 1)
     ids[1:, 1:4] += torch.arange(1, batch)[:, None]
     assert_equals_plain(monkeypatch, make_model(), ids)
-    assert served == [batch <= 4] * (IDS.shape[1] - 8)
+    assert served == [batch <= 16] * (IDS.shape[1] - 8)
+
+
+@pytest.mark.parametrize("changes", [{}, {"pre_seq_len": 3}], ids=str)
+@torch.no_grad()
+def test_padded_batches(monkeypatch, served, changes):
+    ids = torch.cat((torch.cat((torch.full((1, 2), PAD), IDS), 1), torch.cat((IDS[:, :2], IDS), 1)))
+    assert_equals_plain(monkeypatch, make_model(**changes), ids, prompt=10)
+    assert all(served) and served
 
 
 @torch.no_grad()
-def test_padded_batches_take_the_plain_way(monkeypatch, served):
-    ids = torch.cat((torch.cat((torch.full((1, 2), PAD), IDS), 1), torch.cat((IDS[:, :2], IDS), 1)))
-    assert_equals_plain(monkeypatch, make_model(), ids, prompt=10)
-    assert not any(served)
+def test_rows_with_ends_of_their_own(served):
+    """As a server keeps them: each step is that of the row alone, and what lies behind its end is not read."""
+    model, prompts = make_model(torch.float32, {"bits": 8}), [IDS[:, :8], IDS[:, 2:8], IDS[:, 1:8]]
+    slots, alone, truth = Slots(), [], exact(make_model(torch.float32, {"bits": 8}), IDS).logits
+    for prompt in prompts:
+        states = PromptStates()
+        model(prompt, past_key_values=states, use_cache=True)
+        slots.join(states)
+        alone.append(steps(model, torch.cat((prompt, IDS[:, 8:]), 1), prompt.shape[1])[0][0, 1:])
+    for layer in slots.layers:
+        for buffer in layer:
+            for row, length in enumerate(slots.lengths):
+                buffer[row, :, length + 1 :] = float("nan")
+    served.clear()
+    for number, token in enumerate(IDS[0, 8:]):
+        positions = torch.tensor([[[p.shape[1] - 3], [number + 3]] for p in prompts])  # [gMASK] <sop> 40
+        hidden = slots.begin_step()
+        output = model(token.expand(3, 1), position_ids=positions, attention_mask=hidden, past_key_values=slots)
+        slots.end_step()
+        for row, logits in enumerate(alone):
+            rounding = roundings(model.config) * torch.finfo(torch.float32).eps * truth.abs().max()
+            assert (output.logits[row, 0] - logits[number]).abs().max() <= rounding
+    assert len(served) == 4 and all(served)
 
 
 @torch.no_grad()

@@ -99,13 +99,15 @@ class Variant(NamedTuple):
     def slab_columns(self) -> int:
         """Columns of a gemv whose activations take 16 KiB, or 32 KiB of several rows, of the first-level cache."""
         columns = 8192 if self.dots_bf16 else 4096
-        return columns if self.rows <= 2 else columns // 2
+        return columns // (1 if self.rows <= 2 else 2 if self.rows <= 4 else 8)
 
     def with_tile(self, columns: int) -> Variant:
         """Sets how many rows of the weight a gemv reads side by side. One is a single stream, which memory delivers
         fastest; several share each load of the activations, and slabs end less often. As measured."""
         if self.isa == "avx2":  # half as many registers, half as wide
             return self._replace(tile={1: 2, 2: 2}.get(self.rows, 1))
+        if self.rows > 4:
+            return self._replace(tile=2)
         if self.rows > 1 or (self.bits == 4 and not self.dots_bf16):
             return self._replace(tile=TILE)
         if columns <= self.slab_columns:
@@ -148,7 +150,7 @@ class Arguments:
 
     COUNTERS = ("next_task", "next_thread")
     POINTERS = ("weight", "scale", "x", "y", "scratch", "bias", "residual", "gamma", "beta")
-    POINTERS += ("key", "value", "mask", "cos", "sin", "barrier")
+    POINTERS += ("key", "value", "mask", "lengths", "cos", "sin", "barrier")
     NUMBERS = ("rows", "task_rows", "chunks", "panels", "tokens", "heads", "key_head_stride", "key_batch_stride")
     NUMBERS += ("value_head_stride", "value_batch_stride")
     NUMBERS += ("factor", "epsilon")  # float32 in the lower half

@@ -29,7 +29,7 @@ from .products import int8_columns
 from .runtime import IR_TYPES, dtype_of, empty, instruction_set, is_plain, kernel_address, noise, run
 from .steps import attention_scratch
 
-GEMV_ROWS = 4  # rows of activations in one pass over the weight: more sums than that do not fit the registers
+GEMV_ROWS = {"avx2": 4, "avx512": 8, "avx512_bf16": 8}  # of activations in one pass: as many sums as registers hold
 GELU_CHUNKS = 8  # that a thread takes at a time
 SLAB_ROWS = 256  # rows of activations in one matrix product, so that they stay in the last-level cache
 DENSE_BYTES = 8 << 20  # of the weight in full precision at a time, for each product that runs at once
@@ -75,7 +75,7 @@ def decode_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor 
     """
     if not _attention_is_served(query, key, value):
         return None
-    mask = None if visible is None else _additive(visible, query.shape[0], key.shape[2])
+    mask = None if visible is None else additive(visible, query.shape[0], key.shape[2])
     name = IR_TYPES[query.dtype]
     variant = Variant("attention", instruction_set(), 16, 0, "", "", name, head_size=query.shape[3])
     variant = variant._replace(masked=mask is not None)
@@ -83,7 +83,7 @@ def decode_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor 
     return None if address is None else _run_attention(address, query, key, value, mask)
 
 
-def _additive(visible: Tensor, batch: int, tokens: int) -> Tensor:
+def additive(visible: Tensor, batch: int, tokens: int) -> Tensor:
     """bool -> float32 [B, 1, 1, T], 0 or -infinity."""
     mask = torch.zeros(visible.shape, dtype=torch.float32, device="cpu").masked_fill_(~visible, float("-inf"))
     return mask.expand(batch, 1, 1, tokens).contiguous()
@@ -148,9 +148,9 @@ class Dots(NamedTuple):
 
 
 def gemv(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int, bias: Tensor | None, dots: Dots) -> Tensor | None:
-    """Passes over the packed weight, GEMV_ROWS rows of x each."""
+    """Passes over the packed weight, a few rows of x each."""
     parts = []
-    for part in x.split(GEMV_ROWS) if len(x) > GEMV_ROWS else (x,):
+    for part in x.split(GEMV_ROWS[dots.isa]):
         variant = gemv_variant(part, weight, scale, bits, dots)
         address = kernel_address(variant, tried_product)
         if address is None:

@@ -26,6 +26,7 @@ from .crowding import Watch
 from .ir import CHUNK, LARGEST_HEAD, Arguments, Variant
 from .kernels import (
     GEMV_ROWS,
+    additive,
     attention_arguments,
     gelu_arguments,
     gemv_arguments,
@@ -55,7 +56,7 @@ from .runtime import (
 from .steps import attention_scratch
 
 LAYER_VALUES = 23  # of a layer's description: its factor, two norms, four products
-STEPS, ATTENTION = 8, 2  # kernels of a layer, behind the norm that comes before the first; attention's place there
+MOST_SEQUENCES = 16
 
 _programs: weakref.WeakKeyDictionary[object, Programs] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
@@ -116,12 +117,19 @@ class Network(NamedTuple):
 
 
 def decode_program(
-    owner: object, network: Network, sequences: int, dtype: torch.dtype, position_rows: int
+    owner: object,
+    network: Network,
+    sequences: int,
+    dtype: torch.dtype,
+    position_rows: int,
+    masked: bool = False,
 ) -> Step | None:
-    """The step of `network` for one new token of each of up to four sequences, or None where that is not served.
+    """The step of `network` for one new token of each of up to MOST_SEQUENCES sequences, or None where that is not
+    served, or not the fastest.
 
     owner: whose life the program shares; each has its own. dtype: of the activations, to which sums are rounded.
-    position_rows: into how many parts, each of two halves, a head is split for rotary positions.
+    position_rows: into how many parts, each of two halves, a head is split for rotary positions. masked: whether the
+    step will be told which keys are visible.
 
     Served: CPU tensors of one width, a multiple of 128, all products with a bias, heads of 32, 64, ... 256 numbers
     that fill the width.
@@ -133,7 +141,7 @@ def decode_program(
         return None
     values, state = held
     state += network[:2]
-    purpose = Purpose(sequences, dtype, position_rows, torch.get_num_threads())
+    purpose = Purpose(sequences, dtype, position_rows, masked, torch.get_num_threads())
     with _lock:
         programs = _programs.setdefault(owner, Programs(threading.Lock(), {}))
     with programs.lock:
@@ -150,23 +158,37 @@ class Step(NamedTuple):
     program: Program
     network: Network
 
-    def run(self, hidden: Tensor, cos: Tensor, sin: Tensor, states: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def run(
+        self,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        states: list[tuple[Tensor, Tensor]],
+        ends: Tensor | None = None,
+        visible: Tensor | None = None,
+    ) -> Tensor:
         """hidden [B, width], cos and sin of each row's angles [B, head_size / 2], and for each layer the keys and the
-        values [B, H, T, D], all tokens' but the last, whose place is written here -> [B, width] after the final norm.
+        values [B, H, T, D] -> [B, width] after the final norm.
 
-        Tokens of one head are contiguous; T is the same in all layers.
+        The new token's keys and values are written at `ends` [B] of each sequence, by default T - 1, and what is
+        behind is not read; visible: bool [B, 1, 1, T], for programs that are masked. Tokens of one head are
+        contiguous; T is the same in all layers.
 
         Raises:
-            ValueError: keys or values of another kind, which would be read beyond their end.
+            ValueError: keys, values or ends of another kind, with which memory beyond their end would be read.
         """
         heads, size, values = self.network
-        layers = len(values) // LAYER_VALUES
-        expected = (len(hidden), heads, states[0][0].shape[2], size)
+        layers, tokens = len(values) // LAYER_VALUES, states[0][0].shape[2]
+        expected = (len(hidden), heads, tokens, size)
         if len(states) != layers or any(
             x.shape != expected or x.stride()[2:] != (size, 1) or x.dtype != hidden.dtype for kv in states for x in kv
         ):
             raise ValueError(f"keys and values of {layers} layers have to be {expected} each, tokens side by side")
-        return self.program.run(hidden, cos, sin, states)
+        ends = torch.full((len(hidden),), tokens - 1, device="cpu") if ends is None else ends
+        if ends.shape != (len(hidden),) or not 0 <= int(ends.min()) <= int(ends.max()) < tokens:
+            raise ValueError(f"ends has to hold a place below {tokens} for each of {len(hidden)} sequences: {ends}")
+        mask = additive(visible, len(hidden), tokens) if self.program.purpose.masked else None
+        return self.program.run(hidden, cos, sin, states, ends, mask)
 
 
 def hold(values: list) -> tuple[list, list] | None:
@@ -199,6 +221,7 @@ class Purpose(NamedTuple):
     sequences: int
     dtype: torch.dtype  # of the activations
     position_rows: int
+    masked: bool
     threads: int
 
 
@@ -220,9 +243,9 @@ class Program:
         self.watch = Watch(purpose.threads)
         self.is_complete = is_served_network(network, purpose)
         if self.is_complete:
-            self._assemble(list(self._kernels(network)))
+            self._assemble(list(self._kernels(network)), len(network.values) // LAYER_VALUES)
 
-    def run(self, hidden: Tensor, cos: Tensor, sin: Tensor, states: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def run(self, hidden: Tensor, cos: Tensor, sin: Tensor, states: list, ends: Tensor, mask: Tensor | None) -> Tensor:
         with self.lock:
             tokens = states[0][0].shape[2]
             if attention_scratch(tokens) > self.scratch:
@@ -230,10 +253,12 @@ class Program:
             self.hidden.copy_(hidden)
             self.cos.copy_(cos)
             self.sin.copy_(sin)
+            self.lengths.copy_(ends).add_(1)
             self.table[:, : len(Arguments.COUNTERS)] = 0
             arguments = [attention_arguments(*of_layer) for of_layer in states]
             words = torch.tensor([list(of_layer.values()) for of_layer in arguments], device="cpu")
             self.attention[:, [WORD[name] for name in arguments[0]]] = words
+            self.attention[:, WORD["mask"]] = 0 if mask is None else mask.data_ptr()
             launch(self.address, self.words.data_ptr(), self.purpose.threads)
             self.watch.step()
             return self.normed.clone()
@@ -241,32 +266,37 @@ class Program:
     # --- assembling ----------------------------------------------------------------------------------------------
 
     def _kernels(self, network: Network) -> Iterator[Kernel]:
-        """Makes the buffers; yields the norm before the first layer, then the STEPS of each."""
-        sequences, dtype, position_rows, _ = self.purpose
+        """Makes the buffers; yields the norm before the first layer, then the kernels of each."""
+        sequences, dtype, position_rows, *_ = self.purpose
         size, (layers, final_norm) = network.head_size, network.parts()
         width, inner = final_norm.weight.shape[0], layers[0].up.weight.shape[0]
         self.hidden, self.normed, self.context = (empty(sequences, width, dtype=dtype) for _ in range(3))
         self.inner = empty(sequences, inner, dtype=dtype)
         self.sums = empty(sequences * max(3 * width, inner))  # of the last product, float32
         self.cos, self.sin = (empty(sequences, size // 2, dtype=dtype) for _ in range(2))
+        self.lengths = torch.empty(sequences, dtype=torch.int64, device="cpu")
         self.zeros = torch.zeros(sequences, width, dtype=torch.float32, device="cpu")
         norms = [layer.norm for layer in layers] + [final_norm]
         yield self._norm(self.hidden, 1.0, self.zeros, self.zeros, norms[0])
         for layer, norm_after in zip(layers, norms[1:]):
-            yield self._product(self.normed, layer.query_key_value)
+            yield from self._product(self.normed, layer.query_key_value)
             yield self._attention(layer.query_key_value.bias, size, position_rows)
-            yield self._product(self.context, layer.dense)
+            yield from self._product(self.context, layer.dense)
             yield self._norm(self.normed, layer.factor, self.sums, layer.dense.bias, layer.norm_after)
-            yield self._product(self.normed, layer.up)
+            yield from self._product(self.normed, layer.up)
             yield self._gelu(layer.up.bias)
-            yield self._product(self.inner, layer.down)
+            yield from self._product(self.inner, layer.down)
             yield self._norm(self.normed, layer.factor, self.sums, layer.down.bias, norm_after)
 
-    def _product(self, x: Tensor, product: Product) -> Kernel:
+    def _product(self, x: Tensor, product: Product) -> Iterator[Kernel]:
+        """One pass over the weight for as many sequences as a gemv takes at once."""
         weight = (product.weight, product.scale, product.bits)
-        variant = gemv_variant(x, *weight, program_dots(x, *weight))
-        arguments = gemv_arguments(x, product.weight, product.scale, self.sums)
-        return Kernel(variant, tried_product, variant.gemv_scratch(x.shape[1]), arguments)
+        dots, rows = program_dots(x, *weight), product.weight.shape[0]
+        for start in range(0, len(x), GEMV_ROWS[dots.isa]):
+            part, sums = x[start : start + GEMV_ROWS[dots.isa]], self.sums[start * rows :]
+            variant = gemv_variant(part, *weight, dots)
+            arguments = gemv_arguments(part, product.weight, product.scale, sums)
+            yield Kernel(variant, tried_product, variant.gemv_scratch(x.shape[1]), arguments)
 
     def _norm(self, residual: Tensor, factor: float, x: Tensor, bias: Tensor, norm: Norm) -> Kernel:
         types = ("", IR_TYPES[norm.weight.dtype], IR_TYPES[residual.dtype])
@@ -280,8 +310,10 @@ class Program:
             bias=IR_TYPES[bias.dtype],
             head_size=size,
             position_rows=position_rows,
+            masked=self.purpose.masked,
         )
         arguments = {"x": self.sums, "bias": bias, "cos": self.cos, "sin": self.sin, "y": self.context}
+        arguments["lengths"] = self.lengths
         arguments.update(rows=0, task_rows=1)
         return Kernel(variant, tried_rotary_attention, attention_scratch(1024), arguments)
 
@@ -290,7 +322,7 @@ class Program:
         variant = Variant("gelu", instruction_set(), 16, 0, "", "float", inner_type, bias=bias_type)
         return Kernel(variant, tried_gelu, 0, gelu_arguments(self.sums, bias, self.inner))
 
-    def _assemble(self, kernels: list[Kernel]) -> None:
+    def _assemble(self, kernels: list[Kernel], layers: int) -> None:
         trials = {kernel.variant: kernel.trial for kernel in kernels}
         addresses = {variant: kernel_address(variant, trial) for variant, trial in trials.items()}
         self.address = kernel_address(Variant("program", instruction_set(), 16, 0, "", "", ""), None)
@@ -300,7 +332,8 @@ class Program:
             return
         words = [argument_words(self.purpose.threads, kernel.arguments) for kernel in kernels]
         self.table = torch.tensor(words, dtype=torch.int64, device="cpu")
-        self.attention = self.table[ATTENTION::STEPS]
+        first = next(i for i, kernel in enumerate(kernels) if kernel.variant.kind == "rotary_attention")
+        self.attention = self.table[first :: (len(kernels) - 1) // layers]
         self._allocate_scratch(max(kernel.scratch for kernel in kernels))
         width = self.table.stride(0) * self.table.element_size()
         places = [[addresses[kernel.variant], self.table.data_ptr() + i * width] for i, kernel in enumerate(kernels)]
@@ -317,7 +350,7 @@ class Program:
 def is_served_network(network: Network, purpose: Purpose) -> bool:
     """Whether types and shapes are those of kernels."""
     heads, size, (layers, final_norm) = *network[:2], network.parts()
-    if purpose.dtype not in IR_TYPES or purpose.sequences > GEMV_ROWS or not layers:
+    if purpose.dtype not in IR_TYPES or purpose.sequences > MOST_SEQUENCES or not layers:
         return False
     width, inner = heads * size, layers[0].up.weight.shape[0]
     if size % 32 or size > LARGEST_HEAD or size % (4 * purpose.position_rows):
@@ -338,7 +371,8 @@ def is_served_product(product: Product, rows: int, columns: int, purpose: Purpos
         return False
     x = empty(purpose.sequences, columns, dtype=purpose.dtype)
     stored = (rows, columns * bits // 8 if bits < 16 else columns)
-    return weight.shape == stored and is_served(x, weight, scale, bits)
+    fits = weight.shape == stored and is_served(x, weight, scale, bits)
+    return fits and program_dots(x, weight, scale, bits) is not None
 
 
 def is_served_norm(norm: Norm, width: int) -> bool:
@@ -371,25 +405,30 @@ def tried_norm(variant: Variant, address: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def tried_rotary_attention(variant: Variant, address: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Two sequences of two heads with 36 tokens before; the result is the context, and the new keys and values."""
+    """Two sequences of two heads, one with 36 tokens before and one with 20, some of which are hidden from a masked
+    kernel; the result is the context, and the new keys and values."""
     size, rows, dtype, heads = variant.head_size, variant.position_rows, dtype_of(variant.x), 2
     x, bias = noise(2, heads, 3, size), noise(heads, 3, size, dtype=dtype_of(variant.bias))
     x[0, 0] *= 20  # scores whose exponentials need the largest one subtracted
     states, context = noise(4, heads, 40, size).to(dtype), empty(2, heads, size, dtype=dtype)
     key, value = states[:, :, :37].split(2)
+    lengths, row = torch.tensor([37, 21], device="cpu"), torch.arange(2, device="cpu")
+    visible = torch.arange(37, device="cpu") < lengths[:, None]
+    visible[0, 5:9] &= not variant.masked
+    mask = additive(visible[:, None, None], 2, 37) if variant.masked else None
     angles = 3 * noise(2, rows, size // rows // 2)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    places = {"x": x, "bias": bias, "cos": cos, "sin": sin, "y": context}
+    places = {"x": x, "bias": bias, "cos": cos, "sin": sin, "y": context, "lengths": lengths, "mask": mask}
     run(address, attention_scratch(37), **places, **attention_arguments(key, value))
     fused = x.double() + bias.double()
     a, b = fused[:, :, :2].unflatten(-1, (rows, 2, -1)).unbind(-2)
     c, s = (table.double()[:, None, None] for table in (cos, sin))
     new_query, new_key = torch.stack((a * c - b * s, b * c + a * s), -2).flatten(-3).unbind(2)
     key, value = key.double(), value.double()
-    written = torch.stack((key[:, :, -1], value[:, :, -1]))
+    written = torch.stack((key[row, :, lengths - 1], value[row, :, lengths - 1]))
     expected = torch.stack((new_key, fused[:, :, 2]))
-    key[:, :, -1], value[:, :, -1] = expected
-    scores = new_query[:, :, None] @ key.mT / size**0.5
+    key[row, :, lengths - 1], value[row, :, lengths - 1] = expected
+    scores = (new_query[:, :, None] @ key.mT / size**0.5).masked_fill(~visible[:, None, None], float("-inf"))
     exact, magnitude = scores.softmax(-1) @ value, scores.softmax(-1) @ value.abs()
     eps = torch.finfo(dtype).eps
     doubt = eps * (new_query[:, :, None].abs() @ key.abs().mT / size**0.5).amax(-1, keepdim=True)

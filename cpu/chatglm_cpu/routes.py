@@ -22,8 +22,9 @@ from .runtime import held, instruction_set
 CLASSES = (1, 2, 4, 8, 16, 32, 64, 128, 512)  # rows of activations: up to so many are computed alike
 SMALLEST = 1 << 20  # weights of a matrix; below, nothing is timed
 MOST_GEMV_ROWS, FEWEST_GEMM_ROWS, MOST_INT8PACK_ROWS = 32, 5, 64  # beyond, not worth a trial
-FEW_ROWS = {4: 16, 8: 12, 16: 8}  # bits -> up to so many rows, passes of a gemv beat a gemm
+FEW_ROWS = {4: 16, 8: 16, 16: 8}  # bits -> up to so many rows, passes of a gemv beat a gemm
 FEWEST_TOKENS = 256  # of a prompt; below, its matrix products are too small
+FEW_SEQUENCES = 4  # for which a decode program is always the fastest
 MOST_THREADS = 4  # `scaled_dot_product_attention` shares out heads, `prompt_attention` the rows of each: for few cores
 
 
@@ -143,9 +144,15 @@ def ranked(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int, int8: boo
     return measuring.ranking(measuring.Problem(label, rows, x.dtype, weight, scale, bits), names, _compute)
 
 
-def program_dots(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int) -> Dots:
-    """The fastest gemv, which is what a decode program computes its products with."""
-    return next(dots(*name.split("-")[1:]) for name in ranked(x, weight, scale, bits) if name.startswith("gemv"))
+def program_dots(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int) -> Dots | None:
+    """How a decode program, which has gemvs alone, computes this product; None for so many rows that another way was
+    measured to be faster."""
+    names = ranked(x, weight, scale, bits)
+    if len(names) == 1:  # not measured: what stands between small products costs more than they do
+        names = candidates(len(x), x.dtype, bits, group_of(weight, scale, bits), weight.dtype)
+    elif len(x) > FEW_SEQUENCES and not names[0].startswith("gemv"):
+        return None
+    return next(dots(*name.split("-")[1:]) for name in names if name.startswith("gemv"))
 
 
 def _name(dtype: torch.dtype) -> str:

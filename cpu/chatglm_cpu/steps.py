@@ -37,26 +37,27 @@ def attention(emit: Emitter, variant: Variant, args: Arguments) -> None:
     """y[head] = softmax(x[head] @ keys.T / sqrt(head size) + mask) @ values, with `rows` heads of all sequences."""
     with own_heads(emit, args) as (head, scores, _):
         query = head_vectors(emit, variant, emit.at(variant.x, args.x, emit.op("mul", head, variant.head_size)))
-        attend(emit, variant, args, head, query, scores)
+        attend(emit, variant, args, head, query, scores, args.tokens)
 
 
 def rotary_attention(emit: Emitter, variant: Variant, args: Arguments) -> None:
     """`attention` of the fused projection x [B, heads, 3, head size] float32 + bias. Query and key are rotated; key
-    and value are stored behind the others, and `tokens` counts them already."""
+    and value are stored behind the others of their sequence, whose `lengths` counts them already."""
     size = variant.head_size
     with own_heads(emit, args) as (head, scores, query):
         sequence, within = emit.op("udiv", head, args.heads), emit.op("urem", head, args.heads)
         x = emit.at("float", args.x, emit.op("mul", head, 3 * size))
         bias = emit.at(variant.bias, args.bias, emit.op("mul", within, 3 * size))
         angles = emit.op("mul", sequence, size // 2)
-        new = emit.op("mul", emit.op("sub", args.tokens, 1), size)
+        tokens = emit.load("i64", emit.at("i64", args.lengths, sequence))
+        new = emit.op("mul", emit.op("sub", tokens, 1), size)
         key, value = (emit.at(variant.x, head_start(emit, args, name, head), new) for name in ("key", "value"))
         for part, target in enumerate((query, key)):
             rotate(emit, variant, args, x, bias, part * size, angles, target)
         for start in range(0, size, 16):
             states = biased(emit, variant, x, bias, 2 * size + start, 16)
             emit.store(f"<16 x {variant.x}>", narrow(emit, variant.x, states), emit.at(variant.x, value, start))
-        attend(emit, variant, args, head, head_vectors(emit, variant, query), scores)
+        attend(emit, variant, args, head, head_vectors(emit, variant, query), scores, tokens)
 
 
 def attention_scratch(tokens: int) -> int:
@@ -75,18 +76,22 @@ def own_heads(emit: Emitter, args: Arguments):
         yield head.index, scores, emit.at("float", scores, score_floats)
 
 
-def attend(emit: Emitter, variant: Variant, args: Arguments, head: str, query: list[str], scores: str) -> None:
-    score_keys(emit, variant, args, head, query, scores)
-    total = softmax(emit, args, scores)
-    mix_values(emit, variant, args, head, scores, total)
+def attend(
+    emit: Emitter, variant: Variant, args: Arguments, head: str, query: list[str], scores: str, tokens: str
+) -> None:
+    score_keys(emit, variant, args, head, query, scores, tokens)
+    total = softmax(emit, scores, tokens)
+    mix_values(emit, variant, args, head, scores, total, tokens)
 
 
-def score_keys(emit: Emitter, variant: Variant, args: Arguments, head: str, query: list[str], scores: str) -> None:
+def score_keys(
+    emit: Emitter, variant: Variant, args: Arguments, head: str, query: list[str], scores: str, tokens: str
+) -> None:
     """scores[t] = query . key[t] / sqrt(head size), plus the mask of its sequence if there is one."""
     size, keys = variant.head_size, head_start(emit, args, "key", head)
     factor = float_constant(size**-0.5)
     mask = emit.at("float", args.mask, emit.op("mul", emit.op("udiv", head, args.heads), args.tokens))
-    with emit.loop(args.tokens) as token:
+    with emit.loop(tokens) as token:
         key = emit.at(variant.x, keys, emit.op("mul", token.index, size))
         prefetch(emit, emit.at("i8", key, PREFETCH_BYTES), size * TYPE_BYTES[variant.x])
         sums = ["zeroinitializer", "zeroinitializer"]
@@ -98,11 +103,11 @@ def score_keys(emit: Emitter, variant: Variant, args: Arguments, head: str, quer
         emit.store("float", score, emit.at("float", scores, token.index))
 
 
-def softmax(emit: Emitter, args: Arguments, scores: str) -> str:
+def softmax(emit: Emitter, scores: str, tokens: str) -> str:
     """scores[t] = exp(scores[t] - the largest); returns their sum, by which they are not divided."""
     lowest = splat(emit, float_constant(float("-inf")))
-    emit.store(F32X16, lowest, emit.at("float", scores, args.tokens))  # vectors may end behind the last token
-    stop = emit.op("lshr", emit.op("add", args.tokens, 15), 4)
+    emit.store(F32X16, lowest, emit.at("float", scores, tokens))  # vectors may end behind the last token
+    stop = emit.op("lshr", emit.op("add", tokens, 15), 4)
     with emit.loop(stop, carried=[(F32X16, lowest)]) as step:
         vector = emit.load(F32X16, emit.at(F32X16, scores, step.index), 64)
         step.update = [larger(emit, vector, step.values[0])]
@@ -115,11 +120,13 @@ def softmax(emit: Emitter, args: Arguments, scores: str) -> str:
     return sum_of_lanes(emit, step.update[0])
 
 
-def mix_values(emit: Emitter, variant: Variant, args: Arguments, head: str, weights: str, total: str) -> None:
+def mix_values(
+    emit: Emitter, variant: Variant, args: Arguments, head: str, weights: str, total: str, tokens: str
+) -> None:
     """y[head] = sum over t of weights[t] * value[t], divided by `total`."""
     size, values = variant.head_size, head_start(emit, args, "value", head)
     in_float32 = variant._replace(isa="avx512")  # no pairs of tokens to multiply
-    with emit.loop(args.tokens, carried=[(F32X16, "zeroinitializer")] * (size // 16)) as token:
+    with emit.loop(tokens, carried=[(F32X16, "zeroinitializer")] * (size // 16)) as token:
         value = emit.at(variant.x, values, emit.op("mul", token.index, size))
         prefetch(emit, emit.at("i8", value, PREFETCH_BYTES), size * TYPE_BYTES[variant.x])
         weight = splat(emit, emit.load("float", emit.at("float", weights, token.index)))
