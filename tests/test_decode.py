@@ -17,8 +17,8 @@ from rounding import ROUNDINGS_OF_THE_HEAD, assert_as_near, exact, roundings
 from serving.slots import PromptStates, Slots
 
 pytestmark = pytest.mark.skipif(
-    not instruction_set() or runtime.openmp_function("GOMP_barrier") is None,
-    reason="needs llvmlite, a CPU with AVX2 and FMA, and GNU's OpenMP",
+    not instruction_set() or runtime.nap_function() is None,
+    reason="needs llvmlite, a CPU with AVX2 and FMA, and usleep",
 )
 GMASK, SOP, EOP, PAD = 1101, 1104, 1105, 3
 IDS = torch.tensor([[5, 9, 700, 33, 12, GMASK, SOP, 40, 41, 42, 43, 44]])

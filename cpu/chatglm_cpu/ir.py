@@ -1,7 +1,7 @@
 """What the texts of the CPU kernels are written with: LLVM IR, its types, and the variants of a kernel.
 
-A kernel is one function `void kernel(ptr arguments)` that every thread runs; the threads share out its rows by a
-counter. Products are written in products.py, everything else of a decode step in steps.py; nothing is
+A kernel is one function `void step(ptr arguments, i64 thread)` that every thread runs; the threads share out its rows
+by a counter. Products are written in products.py, everything else of a decode step in steps.py; nothing is
 compiled or run there (see runtime.py).
 
     M rows of activations, K columns, N rows of the weight; INT4 packs the even column into the HIGH nibble.
@@ -32,6 +32,8 @@ INTRINSICS = f"""
 declare i64 @llvm.umin.i64(i64, i64)
 declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 declare void @llvm.x86.sse2.clflush(ptr)
+declare void @llvm.x86.sse2.pause()
+declare i64 @llvm.readcyclecounter()
 declare {F32X16} @llvm.fma.v16f32({F32X16}, {F32X16}, {F32X16})
 declare {F32X16} @llvm.sqrt.v16f32({F32X16})
 declare {F32X16} @llvm.roundeven.v16f32({F32X16})
@@ -146,19 +148,21 @@ class Variant(NamedTuple):
 
 
 class Arguments:
-    """The kernels' one argument: 64-bit words, the first two of which the threads count up."""
+    """What a kernel reads: 64-bit words, the first of which the threads count up; and the number of this thread."""
 
-    COUNTERS = ("next_task", "next_thread")
+    COUNTERS = ("next_task", "tasks_done", "next_thread")
     POINTERS = ("weight", "scale", "x", "y", "scratch", "bias", "residual", "gamma", "beta")
-    POINTERS += ("key", "value", "mask", "lengths", "cos", "sin", "barrier")
+    POINTERS += ("key", "value", "mask", "lengths", "cos", "sin", "nap")
     NUMBERS = ("rows", "task_rows", "chunks", "panels", "tokens", "heads", "key_head_stride", "key_batch_stride")
-    NUMBERS += ("value_head_stride", "value_batch_stride")
+    NUMBERS += ("value_head_stride", "value_batch_stride", "patience")
     NUMBERS += ("factor", "epsilon")  # float32 in the lower half
     NAMES = COUNTERS + POINTERS + NUMBERS
 
-    def __init__(self, emit: Emitter) -> None:
+    thread = "%thread"
+
+    def __init__(self, emit: Emitter, pointer: str = "%arguments") -> None:
         for number, name in enumerate(self.NAMES):
-            word = emit.at("i64", "%arguments", number)
+            word = emit.at("i64", pointer, number)
             if name not in self.COUNTERS:
                 word = emit.load("i64", word)
             setattr(self, name, emit(f"inttoptr i64 {word} to ptr") if name in self.POINTERS else word)
@@ -234,6 +238,15 @@ class Emitter:
         self.block = f"{label}.end"
 
     @contextlib.contextmanager
+    def when(self, condition: str):
+        label = self.fresh()
+        self.do(f"  br i1 {condition}, label %{label}, label %{label}.end", f"{label}:")
+        self.block = label
+        yield
+        self.do(f"  br label %{label}.end", f"{label}.end:")
+        self.block = f"{label}.end"
+
+    @contextlib.contextmanager
     def tasks(self, args: Arguments):
         """Takes ranges of rows from a counter that all threads share, so that a core which is busy elsewhere takes
         fewer; yields the first row of a range and the one after its last."""
@@ -245,6 +258,7 @@ class Emitter:
         self.block = f"{label}.body"
         last = self.minimum(self.op("add", first, args.task_rows), args.rows)
         yield first, last
+        self(f"atomicrmw add ptr {args.tasks_done}, i64 1 release")
         self.do(f"  br label %{label}", f"{label}.end:")
         self.block = f"{label}.end"
 

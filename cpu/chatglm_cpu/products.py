@@ -96,9 +96,8 @@ def gemv(emit: Emitter, variant: Variant, args: Arguments) -> None:
     memory of a thread holds x [M, K] and the sums [BLOCK_ROWS, M] of 16 lanes."""
     x_columns = emit.op("mul", args.chunks, CHUNK)
     x_values = emit.op("mul", x_columns, variant.rows)
-    thread = emit(f"atomicrmw add ptr {args.next_thread}, i64 1 monotonic")
     own_floats = emit.op("add", x_values, BLOCK_ROWS * variant.rows * 16)
-    sums = emit.at("float", args.scratch, emit.op("mul", thread, own_floats))
+    sums = emit.at("float", args.scratch, emit.op("mul", args.thread, own_floats))
     own_x = emit.at(F32X16, sums, BLOCK_ROWS * variant.rows)
     copy_x(emit, variant, args, own_x)
     with emit.tasks(args) as (first, last), emit.loop(last, BLOCK_ROWS, first) as block:
@@ -267,8 +266,7 @@ def gemm(emit: Emitter, variant: Variant, args: Arguments) -> None:
     BLOCK_ROWS rows stay in its own memory until all columns are done."""
     sum_floats = emit.op("mul", args.panels, PANEL * BLOCK_ROWS)
     own_floats = emit.op("add", sum_floats, BLOCK_ROWS * variant.block_columns * variant.lane_bytes // 4)
-    thread = emit(f"atomicrmw add ptr {args.next_thread}, i64 1 monotonic")
-    sums = emit.at("float", args.scratch, emit.op("mul", thread, own_floats))
+    sums = emit.at("float", args.scratch, emit.op("mul", args.thread, own_floats))
     block = emit.at("float", sums, sum_floats)
     last_block = emit.op("sub", args.rows, BLOCK_ROWS)
     with emit.tasks(args) as (first, _):

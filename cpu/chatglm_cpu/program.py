@@ -12,7 +12,6 @@ tensors is held while a step runs, and only then.
 
 from __future__ import annotations
 
-import ctypes
 import struct
 import threading
 import weakref
@@ -43,20 +42,25 @@ from .runtime import (
     Trial,
     aligned_address,
     argument_words,
+    available_cores,
     dtype_of,
     empty,
     instruction_set,
     kernel_address,
     launch,
+    nap_function,
     noise,
-    openmp_function,
     run,
     scratch_size,
+    step_address,
 )
 from .steps import attention_scratch
 
 LAYER_VALUES = 23  # of a layer's description: its factor, two norms, four products
 MOST_SEQUENCES = 16
+PATIENCE = (
+    200_000  # cycles, some 70 microseconds, that a thread waits on its core; longer than the last task of a kernel
+)
 
 _programs: weakref.WeakKeyDictionary[object, Programs] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
@@ -255,6 +259,7 @@ class Program:
             self.sin.copy_(sin)
             self.lengths.copy_(ends).add_(1)
             self.table[:, : len(Arguments.COUNTERS)] = 0
+            self.words[: len(Arguments.COUNTERS)] = 0
             arguments = [attention_arguments(*of_layer) for of_layer in states]
             words = torch.tensor([list(of_layer.values()) for of_layer in arguments], device="cpu")
             self.attention[:, [WORD[name] for name in arguments[0]]] = words
@@ -326,8 +331,8 @@ class Program:
         trials = {kernel.variant: kernel.trial for kernel in kernels}
         addresses = {variant: kernel_address(variant, trial) for variant, trial in trials.items()}
         self.address = kernel_address(Variant("program", instruction_set(), 16, 0, "", "", ""), None)
-        barrier = openmp_function("GOMP_barrier")
-        self.is_complete = None not in (self.address, barrier, *addresses.values())
+        nap = nap_function()
+        self.is_complete = None not in (self.address, nap, *addresses.values())
         if not self.is_complete:
             return
         words = [argument_words(self.purpose.threads, kernel.arguments) for kernel in kernels]
@@ -336,10 +341,11 @@ class Program:
         self.attention = self.table[first :: (len(kernels) - 1) // layers]
         self._allocate_scratch(max(kernel.scratch for kernel in kernels))
         width = self.table.stride(0) * self.table.element_size()
-        places = [[addresses[kernel.variant], self.table.data_ptr() + i * width] for i, kernel in enumerate(kernels)]
+        steps = {variant: step_address(variant) for variant in addresses}
+        places = [[steps[kernel.variant], self.table.data_ptr() + i * width] for i, kernel in enumerate(kernels)]
         self.places = torch.tensor(places, dtype=torch.int64, device="cpu")
-        barrier = ctypes.cast(barrier, ctypes.c_void_p).value
-        of_program = {"weight": self.places, "rows": len(kernels), "barrier": barrier}
+        patience = PATIENCE if self.purpose.threads <= available_cores() else 0
+        of_program = {"weight": self.places, "rows": len(kernels), "nap": nap, "patience": patience}
         self.words = torch.tensor(argument_words(1, of_program), dtype=torch.int64, device="cpu")
 
     def _allocate_scratch(self, scratch: int) -> None:

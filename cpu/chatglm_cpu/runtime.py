@@ -7,6 +7,7 @@ After os.fork() a child may use one thread only (`torch.set_num_threads(1)`), as
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 import warnings
 from collections.abc import Callable
@@ -71,6 +72,11 @@ def kernel_address(variant: Variant, trial: Trial | None) -> int | None:
     return None if kernel is None else kernel[0]
 
 
+def step_address(variant: Variant) -> int:
+    """Of a compiled kernel as a step of a program."""
+    return _compiled[variant][1].get_function_address("step")
+
+
 def _compile_and_check(variant: Variant, trial: Trial | None) -> tuple | None:
     try:
         kernel = _compile(variant)
@@ -86,12 +92,14 @@ def _compile_and_check(variant: Variant, trial: Trial | None) -> tuple | None:
 
 
 def kernel_ir(variant: Variant) -> str:
-    """The module of LLVM IR with the one function `kernel`, which every thread runs."""
+    """The module of LLVM IR with the function `step`, and `kernel`, which calls it with the number of a thread."""
     emit = Emitter()
-    emit.do("define void @kernel(ptr %arguments) {", "entry:")
+    emit.do("define void @step(ptr %arguments, i64 %thread) noinline {", "entry:")
     args = Arguments(emit)
     {**PRODUCTS, **STEPS}[variant.kind](emit, variant, args)
-    emit.do("  ret void", "}")
+    emit.do("  ret void", "}", "define void @kernel(ptr %arguments) {", "entry:")
+    thread = emit(f"atomicrmw add ptr {Arguments(emit).next_thread}, i64 1 monotonic")
+    emit.do(f"  call void @step(ptr %arguments, i64 {thread})", "  ret void", "}")
     body = "\n".join(emit.lines)
     used = [line for line in INTRINSICS.splitlines() if line and line.split("@")[1].split("(")[0] in body]
     return "\n".join(used) + "\n" + body
@@ -178,6 +186,18 @@ def openmp_function(name: str):
     return _machine[name]
 
 
+def nap_function() -> int | None:
+    """The address of usleep, which takes microseconds; None where there is none."""
+    if "nap" not in _machine:
+        function = None if os.name == "nt" else getattr(ctypes.CDLL(None), "usleep", None)
+        _machine["nap"] = None if function is None else ctypes.cast(function, ctypes.c_void_p).value
+    return _machine["nap"]
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _run_on_python_threads(kernel, words: int, threads: int) -> None:
     """The kernels share out their work themselves, and a foreign call releases Python's lock."""
     others = [threading.Thread(target=kernel, args=(words,)) for _ in range(threads - 1)]
@@ -212,6 +232,5 @@ def dtype_of(ir_type: str) -> torch.dtype:
 _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _OPENMP = {
     "GOMP_parallel": [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint],  # function, its argument, ...
-    "GOMP_barrier": [],
 }
 WORD = {name: number for number, name in enumerate(Arguments.NAMES)}

@@ -30,6 +30,8 @@ from .ir import (
     vector_of,
 )
 
+NAP = 50  # microseconds
+
 # -------------------------------------------------------------------------------------------- attention of one token
 
 
@@ -68,10 +70,9 @@ def attention_scratch(tokens: int) -> int:
 @contextlib.contextmanager
 def own_heads(emit: Emitter, args: Arguments):
     """The heads that a thread takes one by one, and its own memory for their scores and query."""
-    thread = emit(f"atomicrmw add ptr {args.next_thread}, i64 1 monotonic")
     score_floats = emit.op("and", emit.op("add", args.tokens, 31), -16)
     own_floats = emit.op("add", score_floats, LARGEST_HEAD)
-    scores = emit.at("float", args.scratch, emit.op("mul", thread, own_floats))
+    scores = emit.at("float", args.scratch, emit.op("mul", args.thread, own_floats))
     with emit.tasks(args) as (first, last), emit.loop(last, 1, first) as head:
         yield head.index, scores, emit.at("float", scores, score_floats)
 
@@ -196,9 +197,8 @@ def residual_norm(emit: Emitter, variant: Variant, args: Arguments) -> None:
     """y[m] = LayerNorm(factor * residual[m] + x[m] + bias) * gamma + beta, of `rows` rows.
 
     x is float32, y and the residual have the type of the activations, gamma and beta the type `scale`."""
-    thread = emit(f"atomicrmw add ptr {args.next_thread}, i64 1 monotonic")
     columns = emit.op("mul", args.chunks, CHUNK)
-    own = emit.at("float", args.scratch, emit.op("mul", thread, columns))
+    own = emit.at("float", args.scratch, emit.op("mul", args.thread, columns))
     count = splat(emit, emit(f"uitofp i64 {columns} to float"))
     factor, epsilon = splat(emit, float_word(emit, args.factor)), splat(emit, float_word(emit, args.epsilon))
     with emit.tasks(args) as (first, last), emit.loop(last, 1, first) as row:
@@ -272,12 +272,38 @@ def exponential(emit: Emitter, x: str) -> str:
 
 
 def program(emit: Emitter, variant: Variant, args: Arguments) -> None:
-    """Runs `rows` other kernels, each behind the one before on all threads: `weight` lists the address of each and of
-    its arguments, `barrier` is the function in which the threads of a team wait for each other."""
+    """Runs `rows` other kernels, each when all tasks of the one before are done: `weight` lists the address of each
+    and of its arguments. A thread that comes late, since its core does something else, is not waited for: it finds
+    nothing left to do in the kernels that it missed."""
     with emit.loop(args.rows) as step:
         entry = emit.at("{ ptr, ptr }", args.weight, step.index)
         kernel, arguments = emit.load("ptr", entry), emit.load("ptr", emit.at("ptr", entry, 1))
-        emit.do(f"  call void {kernel}(ptr {arguments})", f"  call void {args.barrier}()")
+        of_kernel = Arguments(emit, arguments)
+        taken = emit(f"load atomic i64, ptr {of_kernel.next_task} monotonic, align 8")
+        first = emit.op("mul", taken, of_kernel.task_rows)
+        with emit.when(emit(f"icmp ult i64 {first}, {of_kernel.rows}")):
+            emit.do(f"  call void {kernel}(ptr {arguments}, i64 {args.thread})")
+        wait(emit, args, of_kernel)
+
+
+def wait(emit: Emitter, args: Arguments, of_kernel: Arguments) -> None:
+    """Until all tasks of a kernel are done: on the core for `patience` of its cycles, then in naps, which leave it to
+    the thread that is waited for."""
+    tasks = emit.op("add", of_kernel.rows, emit.op("sub", of_kernel.task_rows, 1))
+    tasks = emit.op("udiv", tasks, of_kernel.task_rows)
+    end = emit.op("add", emit("call i64 @llvm.readcyclecounter()"), args.patience)
+    label = emit.fresh()
+    emit.do(f"  br label %{label}", f"{label}:")
+    done = emit(f"load atomic i64, ptr {of_kernel.tasks_done} acquire, align 8")
+    emit.do(
+        f"  br i1 {emit(f'icmp uge i64 {done}, {tasks}')}, label %{label}.end, label %{label}.wait", f"{label}.wait:"
+    )
+    is_late = emit(f"icmp ugt i64 {emit('call i64 @llvm.readcyclecounter()')}, {end}")
+    emit.do(f"  br i1 {is_late}, label %{label}.nap, label %{label}.spin", f"{label}.nap:")
+    emit(f"call i32 {args.nap}(i32 {NAP})")
+    emit.do(f"  br label %{label}", f"{label}.spin:", "  call void @llvm.x86.sse2.pause()")
+    emit.do(f"  br label %{label}", f"{label}.end:")
+    emit.block = f"{label}.end"
 
 
 STEPS = {

@@ -10,8 +10,8 @@ from chatglm_cpu.kernels import tried_gelu
 from chatglm_cpu.runtime import kernel_ir
 
 pytestmark = pytest.mark.skipif(
-    not instruction_set() or runtime.openmp_function("GOMP_barrier") is None,
-    reason="needs llvmlite, a CPU with AVX2 and FMA, and GNU's OpenMP",
+    not instruction_set() or runtime.nap_function() is None,
+    reason="needs llvmlite, a CPU with AVX2 and FMA, and usleep",
 )
 TYPES = ("float", "bfloat", "half")
 
