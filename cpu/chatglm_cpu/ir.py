@@ -18,7 +18,7 @@ CHUNK = 128  # columns per step of every kernel: 64 bytes of INT4, and whole gro
 TILE = 4  # rows of the weight that share one load of the activations
 PANEL = 16  # rows of activations in one vector of a matrix product
 BLOCK_ROWS = 64  # rows of the weight that a thread unpacks at a time for a matrix product
-PREFETCH_LEVEL = 3  # into the first-level cache; 2: the second
+PREFETCH_LEVEL = 3  # into the first-level cache
 
 PREFETCH_BYTES = 4096  # how far ahead keys and values are asked for
 LARGEST_HEAD = 256  # numbers in a query, key or value
@@ -67,7 +67,7 @@ class Variant(NamedTuple):
     bias: str = ""
     masked: bool = False  # whether a mask is added to the scores of attention
     int8: bool = False  # whether a gemm has its activations as int8, which "quantize_panels" makes of x
-    prefetch: int = PREFETCH_LEVEL  # of the weights of a gemv
+    prefetch: int = 2  # of the weights of a gemv: into the second-level cache, which takes more requests at a time
 
     @property
     def dots_bf16(self) -> bool:

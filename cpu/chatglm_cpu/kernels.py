@@ -21,7 +21,6 @@ from .ir import (
     INT8_COLUMNS,
     LARGEST_HEAD,
     PANEL,
-    PREFETCH_LEVEL,
     TILE,
     Variant,
 )
@@ -144,7 +143,7 @@ class Dots(NamedTuple):
     """How a gemv multiplies, and into which cache it asks for weights ahead."""
 
     isa: str
-    prefetch: int = PREFETCH_LEVEL
+    prefetch: int
 
 
 def gemv(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int, bias: Tensor | None, dots: Dots) -> Tensor | None:

@@ -97,8 +97,8 @@ def candidates(
 ) -> list[str]:
     """The ways to compute a product with `rows` rows of activations of type x, the one by default first.
 
-    gemv-bf16-l1, gemv-f32-l1, gemv-bf16-l2, gemv-f32-l2: passes over the weight for a few rows each, with dots of
-    bfloat16 pairs or in float32, and the weights asked for ahead into the first or the second cache. gemm, gemm-int8:
+    gemv-bf16-l2, gemv-f32-l2, gemv-bf16-l1, gemv-f32-l1: passes over the weight for a few rows each, with dots of
+    bfloat16 pairs or in float32, and the weights asked for ahead into the second or the first cache. gemm, gemm-int8:
     blocks of the weight are unpacked and multiplied with all rows, which with `int8` may be rounded to int8. dense:
     blocks of the weight in x's type, and PyTorch's product. int8pack: PyTorch's product with INT8. torch: PyTorch's
     own product with 16-bit weights.
@@ -111,7 +111,7 @@ def _candidates(isa: str, rows: int, x: torch.dtype, bits: int, group: int, weig
     pairs = isa == "avx512_bf16" and x == torch.bfloat16 and weight != torch.float16
     # INT8 takes longer to become pairs of bfloat16 than few rows gain by them.
     lanes = ["f32"] + ["bf16"] * pairs if bits == 8 else ["bf16"] * pairs + ["f32"]
-    gemvs = [f"gemv-{of}-{cache}" for cache in ("l1", "l2") for of in lanes if rows <= MOST_GEMV_ROWS]
+    gemvs = [f"gemv-{of}-{cache}" for cache in ("l2", "l1") for of in lanes if rows <= MOST_GEMV_ROWS]
     others = []
     if rows >= FEWEST_GEMM_ROWS and not (bits == 16 and pairs):
         vnni = int8 and bits < 16 and not group and isa == "avx512_bf16"  # which comes with it

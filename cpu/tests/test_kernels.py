@@ -292,7 +292,7 @@ def test_dequantize_refuses_other_types_of_result():
 
 
 @needs_kernels
-@pytest.mark.parametrize(("kind", "rows"), [("gemv", 1), ("gemm", 16)])
+@pytest.mark.parametrize(("kind", "rows"), [("gemv", 1), ("gemm", 24)])
 def test_a_wrong_kernel_is_replaced_with_one_warning(monkeypatch, kind, rows):
     def wrong(variant):
         text = kernel_ir(variant)
