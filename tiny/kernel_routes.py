@@ -25,7 +25,7 @@ from .configuration_chatglm import warn_once
 from .cuda_kernels import dequantize as cuda_dequantize
 from .cuda_kernels import linear as cuda_linear
 
-API_LEVEL = 1  # of chatglm_cpu, the least that this file asks for
+API_LEVEL = 2  # of chatglm_cpu, the least that this file asks for
 INSTALL = "`pip install ./cpu` in a clone of the ChatGLM-6B-Slim repository installs it"
 INT8_ROWS, INT4_ROWS = 16, 128  # up to so many rows PyTorch's own products beat unpacking the weight for a matmul
 ALIGNMENT = 16  # bytes, without which PyTorch's INT8 product crashes for several rows
@@ -281,16 +281,22 @@ def gelu(states: Tensor) -> Tensor:
 # ---- A whole decode step, and where weights lie ---------------------------------------------------------------------
 
 
-def decode_step(blocks: nn.ModuleList, final_norm: nn.Module, hidden: Tensor, rotary, cache, kinds) -> Tensor | None:
+def decode_step(blocks: nn.ModuleList, final_norm, hidden: Tensor, rotary, visible, cache, kinds) -> Tensor | None:
     """The output [B, 1, hidden] of all blocks and the final norm for one new token; None: call the modules.
 
-    Routes: the engine's `decode_program`, for up to four sequences on a CPU, without gradients, in a cache that grows
+    Routes: the engine's `decode_program`, for some sequences on a CPU, without gradients, in a cache that is written
     in place, through 16-bit or quantized layers, as long as the modules are what `described` knows; else None.
 
-    hidden: [B, 1, hidden], the embedding; rotary: the tables of its position, of hidden's type; cache: holds all other
-    tokens, all of them visible, and gets this one; kinds: the classes of block, attention, MLP, and quantized layer.
+    hidden: [B, 1, hidden], the embedding; rotary: the tables of its position, of hidden's type; visible: None, or bool
+    [B, 1, 1, K]; cache: holds all other tokens and gets this one, behind them or, where it has `ends` [B], there;
+    kinds: the classes of block, attention, MLP, and quantized layer.
     """
-    on_cpu = type(hidden) is Tensor and hidden.device.type == "cpu" and isinstance(cache, GrowingCache)
+    ends = getattr(cache, "ends", None)
+    on_cpu = (
+        type(hidden) is Tensor
+        and hidden.device.type == "cpu"
+        and (ends is not None or isinstance(cache, GrowingCache))
+    )
     if not on_cpu or torch.is_grad_enabled() or is_watched() or engine() is None:
         return None
     network = described(blocks, final_norm, kinds)
@@ -299,14 +305,15 @@ def decode_step(blocks: nn.ModuleList, final_norm: nn.Module, hidden: Tensor, ro
     new = hidden.view(len(hidden), network.heads, 1, network.head_size)
     layers = [block.attention.layer_idx for block in blocks]
     expected = (*new.shape[:2], cached_length(cache), new.shape[3])  # as many tokens in every layer, keys and values
-    if any([x.shape for x in cached_states(cache, layer_idx)] != [expected] * 2 for layer_idx in layers):
+    if ends is None and any([x.shape for x in cached_states(cache, i)] != [expected] * 2 for i in layers):
         return None
-    step = engine().decode_program(blocks, network, len(hidden), hidden.dtype, rotary[0].shape[4])
+    masked = visible is not None
+    step = engine().decode_program(blocks, network, len(hidden), hidden.dtype, rotary[0].shape[4], masked)
     if step is None:
         return None
     states = [cache.update(new, new, layer_idx) for layer_idx in layers]  # makes room: the step writes the numbers
     cos, sin = (table[..., -1, :].flatten(1) for table in rotary)
-    return step.run(hidden[:, 0], cos, sin, states).unsqueeze(1)
+    return step.run(hidden[:, 0], cos, sin, states, ends, visible).unsqueeze(1)
 
 
 def described(blocks: nn.ModuleList, final_norm: nn.Module, kinds: tuple[type, type, type, type]):

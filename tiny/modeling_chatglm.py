@@ -538,13 +538,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         return hidden_states, attentions
 
     def _decode_step(self, hidden: Tensor, rotary, visible, cache, seen) -> Tensor | None:
-        """What `_run_blocks` computes for one new token that reads all keys, by CPU kernels where they serve."""
-        if hidden.shape[1] != 1 or visible is not None or not seen or hidden.device.type != "cpu" or is_tracing():
+        """What `_run_blocks` computes for one new token of each sequence, by CPU kernels where they serve."""
+        if hidden.shape[1] != 1 or not seen or hidden.device.type != "cpu" or is_tracing():
             return None
         if chosen_attention(self.config) != "sdpa" or network_functions() != NETWORK:
             return None
         kinds = (GLMBlock, SelfAttention, MLP, QuantizedLinear)
-        return decode_step(self.layers, self.final_layernorm, hidden, rotary, cache, kinds)
+        return decode_step(self.layers, self.final_layernorm, hidden, rotary, visible, cache, kinds)
 
     def _prefix_before(self, cache, hidden: Tensor) -> list[tuple[Tensor, Tensor]] | None:
         """The P-tuning prefix for who has no cache to hold it; an empty cache gets it."""

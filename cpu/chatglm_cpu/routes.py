@@ -19,7 +19,7 @@ from .kernels import Dots, decode_attention, dense, gemm, gemv, group_of, int8pa
 from .prompt import prompt_attention
 from .runtime import held, instruction_set
 
-CLASSES = (1, 2, 4, 8, 16, 32, 64, 128, 512)  # rows of activations: up to so many are computed alike
+CLASSES = (1, 2, 4, 8, 12, 16, 24, 32, 64, 128, 512)  # rows of activations: up to so many are computed alike
 SMALLEST = 1 << 20  # weights of a matrix; below, nothing is timed
 MOST_GEMV_ROWS, FEWEST_GEMM_ROWS, MOST_INT8PACK_ROWS = 32, 5, 64  # beyond, not worth a trial
 FEW_ROWS = {4: 16, 8: 16, 16: 8}  # bits -> up to so many rows, passes of a gemv beat a gemm
@@ -134,9 +134,8 @@ def ranked(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int, int8: boo
         return candidates(rows, x.dtype, bits, group, weight.dtype, int8)[:1]
     rows = next((limit for limit in CLASSES if rows <= limit), CLASSES[-1])
     names = candidates(rows, x.dtype, bits, group, weight.dtype, int8)
-    if 1 < rows <= MOST_GEMV_ROWS:  # into which cache is a question of the memory, not of the rows
-        cache = next(name[-2:] for name in ranked(x[:1], weight, scale, bits) if name.startswith("gemv"))
-        names = [name for name in names if not name.startswith("gemv") or name.endswith(cache)]
+    if rows > 1 and "gemv-f32-l1" in names:  # nowhere the fastest, and a compilation
+        names = [name for name in names if name != "gemv-f32-l1"]
     if len(names) == 1:
         return names
     kind = f"int{bits}" + f"g{group}" * bool(group) if bits < 16 else _name(weight.dtype)
