@@ -539,7 +539,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
     def _decode_step(self, hidden: Tensor, rotary, visible, cache, seen) -> Tensor | None:
         """What `_run_blocks` computes for one new token of each sequence, by CPU kernels where they serve."""
-        if hidden.shape[1] != 1 or not seen or hidden.device.type != "cpu" or is_tracing():
+        if hidden.shape[1] != 1 or hidden.device.type != "cpu" or is_tracing() or not seen:
             return None
         if chosen_attention(self.config) != "sdpa" or network_functions() != NETWORK:
             return None
