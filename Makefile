@@ -1,4 +1,5 @@
 # make chat   a terminal chat; MODEL=folder-or-hub-id DTYPE=bfloat16 DEVICE=cuda ARGS="--bits 4" as you like
+# make web    the same in a browser, at http://127.0.0.1:7860
 # make serve  a server for many at once, as OpenAI's clients expect it; MODEL, DTYPE, DEVICE and ARGS as for chat
 # make test   format, lint and all tests
 # make ladder the tests of every supported transformers version, and their table
@@ -24,9 +25,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 RUNTIME := $(VENV)/.runtime-installed
 CHAT := $(VENV)/.chat-installed
 SERVER := $(VENV)/.server-installed
+WEB := $(VENV)/.web-installed
 DEV := $(VENV)/.dev-installed
 
-.PHONY: chat serve test lint ladder canary bench tiny clean
+.PHONY: chat web serve test lint ladder canary bench tiny clean
 .DEFAULT_GOAL := chat
 
 chat: $(CHAT)
@@ -34,6 +36,9 @@ chat: $(CHAT)
 
 serve: $(SERVER)
 	@exec $(BIN)/python serving/api.py --model "$(MODEL)" $(if $(DTYPE),--dtype $(DTYPE)) $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
+
+web: $(WEB)
+	@exec $(BIN)/python serving/web.py --model "$(MODEL)" $(if $(DTYPE),--dtype $(DTYPE)) $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
 test: lint
 	HF_HUB_OFFLINE=1 HF_MODULES_CACHE="$(abspath $(VENV))/modules" $(BIN)/python -m pytest $(TESTS)
@@ -63,7 +68,7 @@ $(RUNTIME): requirements.txt cpu/pyproject.toml
 	@$(PYTHON) install.py --venv "$(VENV)" --torch-index "$(TORCH_INDEX)"
 	@touch $@
 
-$(CHAT): serving/requirements-chat.txt $(RUNTIME)
+$(CHAT) $(WEB): $(VENV)/.%-installed: serving/requirements-%.txt $(RUNTIME)
 	@$(PIP) -r $<
 	@touch $@
 

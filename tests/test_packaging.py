@@ -41,6 +41,7 @@ def test_pinned_versions_lie_in_the_declared_ranges():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     of_extras = {"dev": "requirements-dev", "finetune": "finetune/requirements", "chat": "serving/requirements-chat"}
+    of_extras["web"] = "serving/requirements-web"
     files = [(project["dependencies"], "requirements.txt")]
     for declared, file in files + [(extras[name], f"{file}.txt") for name, file in of_extras.items()]:
         pinned, ranges = pins(file), {r.name: r.specifier for r in map(Requirement, declared)}
@@ -78,7 +79,7 @@ def test_one_range_of_python_versions_stands_everywhere():
         assert oldest in text and newest in text
 
 
-@pytest.mark.parametrize("target", ["chat", "test", "ladder", "canary", "tiny", "clean"])
+@pytest.mark.parametrize("target", ["chat", "web", "test", "ladder", "canary", "tiny", "clean"])
 def test_make_targets_exist(target):
     done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
