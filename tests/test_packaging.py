@@ -40,8 +40,8 @@ def test_pinned_versions_lie_in_the_declared_ranges():
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    of_extras = {"dev": "requirements-dev", "finetune": "finetune/requirements", "chat": "serving/requirements-chat"}
-    of_extras["web"] = "serving/requirements-web"
+    of_extras = {"dev": "requirements-dev", "finetune": "finetune/requirements"}
+    of_extras.update(chat="serving/requirements-chat", web="serving/requirements-web", server="serving/requirements")
     files = [(project["dependencies"], "requirements.txt")]
     for declared, file in files + [(extras[name], f"{file}.txt") for name, file in of_extras.items()]:
         pinned, ranges = pins(file), {r.name: r.specifier for r in map(Requirement, declared)}

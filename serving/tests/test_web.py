@@ -190,10 +190,14 @@ def contrast(element) -> float:
         let behind = element;
         while (behind && (parts(getComputedStyle(behind).backgroundColor)[3] ?? 1) == 0) behind = behind.parentElement;
         const background = behind ? getComputedStyle(behind).backgroundColor : "rgb(255, 255, 255)";
-        const light = colour => parts(colour).slice(0, 3).map(c => c / 255)
+        let seen = 1;
+        for (let one = element; one && one != behind; one = one.parentElement) seen *= getComputedStyle(one).opacity;
+        const mixed = parts(getComputedStyle(element).color).slice(0, 3)
+            .map((c, i) => seen * c + (1 - seen) * parts(background)[i]);
+        const light = channels => channels.map(c => c / 255)
             .map(c => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
             .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
-        const [low, high] = [light(getComputedStyle(element).color), light(background)].sort((a, b) => a - b);
+        const [low, high] = [light(mixed), light(parts(background).slice(0, 3))].sort((a, b) => a - b);
         return (high + 0.05) / (low + 0.05);
     }""")
 
