@@ -134,10 +134,11 @@ class GrowingCache(DynamicCache):
                 states.front = cached_states(self, layer_idx)[place]
 
 
-def given_cache(*arguments):
-    """The cache among the arguments that different versions give it in, as one with `update`; None for no cache."""
-    given = [past for past in arguments if past is not None]
-    if any(past is not given[0] for past in given):
+def given_cache(past_key_values=None, cache=None, past=None, **others):
+    """The cache among the arguments of a call, as one with `update`; None for no cache. It is given as the first one
+    from 4.26 to 5.23, as the second one later, and as the third one before."""
+    given = [one for one in (past_key_values, cache, past) if one is not None]
+    if any(one is not given[0] for one in given):
         raise ValueError("two different caches, as past_key_values and as cache: give one")
     return as_cache(given[0] if given else None)
 
@@ -169,7 +170,7 @@ def give_cache(model, arguments: tuple, options: dict):
     """Puts into the options of `generate` the cache that it is to use, under the name that this version knows: the
     caller's, or where generate would make a DynamicCache, one that grows in place and that generate alone has until
     `take_back`. Returns it; None where generate uses none, or makes one of another kind."""
-    cache = given_cache(options.pop("past_key_values", None), options.pop("cache", None))
+    cache = given_cache(**{name: options.pop(name, None) for name in ("past_key_values", "cache")})
     if cache is None:
         use_cache, kind = (chosen_setting(model, arguments, options, n) for n in ("use_cache", "cache_implementation"))
         if not use_cache or kind is not None or options.get("custom_generate"):
@@ -358,12 +359,12 @@ class VersionedModel(PreTrainedModel):
         )
 
     def _set_gradient_checkpointing(
-        self, enable=True, gradient_checkpointing_func=checkpoint.checkpoint, every_n_layers: int = 1, value=None
+        self, enable=True, gradient_checkpointing_func=checkpoint.checkpoint, every_n_layers: int = 1, **older
     ):
-        """Below 4.35 transformers calls this for each module, with `value`; from 5.23 on it can ask for layers between
-        others, and counts only those of a class of its own."""
+        """Below 4.35 transformers calls this for each module, with `value`, a parameter by whose name later ones tell
+        old code; from 5.23 on it can ask for layers between others, and counts only those of a class of its own."""
         network = self.base_model
-        network.gradient_checkpointing = enable if value is None else value
+        network.gradient_checkpointing = older.get("value", enable)
         network.checkpoint_function, network.checkpoint_every = gradient_checkpointing_func, every_n_layers
 
     def checkpointed(self, layer: nn.Module, layer_idx: int):

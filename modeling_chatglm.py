@@ -794,8 +794,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
     ) -> dict[str, Any]:
         """Overridden because positions and masks follow from the whole text, `input_ids`, of which a step gets only
         the new tokens. The positions that transformers 5 makes are not looked at."""
-        given = (kwargs.get(name) for name in ("past_key_values", "cache", "past"))  # the last one below 4.26
-        cache = given_cache(*given)
+        cache = given_cache(**kwargs)
         names = ("use_cache", "output_attentions", "output_hidden_states", "logits_to_keep")
         inputs = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
         inputs.update({CACHE_NAME: cache, "attention_mask": attention_mask})
