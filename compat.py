@@ -20,6 +20,7 @@ import sys
 import threading
 import weakref
 import zipfile
+from pathlib import Path
 
 import torch
 import transformers
@@ -269,21 +270,21 @@ def is_tracing() -> bool:
 
 
 class Past:
-    """What the blocks put before their new keys and values: a cache, or without one a P-tuning prefix, or nothing."""
+    """What the blocks put before their new keys and values: the tokens of a cache, and in front of the first ones a
+    P-tuning prefix, (keys, values) [B, H, P, D] for each layer."""
 
     def __init__(self, cache, prefix: list[tuple[Tensor, Tensor]] | None, new_tokens: int, device: torch.device):
         self.cache, self.prefix, self.arguments = cache, prefix, ()
         if fixed_length(cache) is not None:  # before transformers 5 static caches are told which slots to write to
-            self.arguments = ({"cache_position": torch.arange(new_tokens, device=device) + cached_length(cache)},)
+            slots = torch.arange(new_tokens + (prefix[0][0].shape[2] if prefix else 0), device=device)
+            self.arguments = ({"cache_position": slots + cached_length(cache)},)
 
     def extend(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         """New keys and values [B, H, S, D] -> those of all tokens, [B, H, K, D]."""
-        if self.cache is not None:
-            return self.cache.update(key, value, layer_idx, *self.arguments)
-        if self.prefix is None:
-            return key, value
-        before, after = self.prefix[layer_idx], (key, value)
-        return tuple(torch.cat((old.to(new), new), dim=2) for old, new in zip(before, after))
+        if self.prefix is not None:
+            pairs = zip(self.prefix[layer_idx], (key, value))
+            key, value = (torch.cat((before.to(new), new), dim=2) for before, new in pairs)
+        return (key, value) if self.cache is None else self.cache.update(key, value, layer_idx, *self.arguments)
 
 
 def chat_returns_dict() -> bool:
@@ -421,10 +422,7 @@ def warn_of_other_code(folder) -> None:
 
 
 def read_or_nothing(path: str) -> bytes:
-    if not os.path.isfile(path):
-        return b""
-    with open(path, "rb") as file:
-        return file.read()
+    return Path(path).read_bytes() if os.path.isfile(path) else b""
 
 
 # In the order in which transformers looks for them.

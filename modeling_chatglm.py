@@ -512,10 +512,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         position_ids, unread = self.place(inputs, position_ids, attention_mask, cache, seen)
         visible = None if unread is None else visible_keys(unread, self.prefix_length)
         rotary = rotary_tables(position_ids, config.head_size // position_ids.shape[1], hidden.dtype)
-        prefix, states, attentions = self._prefix_before(cache, hidden), None, None
+        states, attentions = None, None
         last = None if attends or shows_states else self._decode_step(hidden, rotary, visible, cache, seen)
         if last is None:
-            past = Past(cache, prefix, hidden.shape[1], hidden.device)
+            past = Past(cache, self._prefix_before(cache, hidden), hidden.shape[1], hidden.device)
             states, attentions = self._run_blocks(hidden, rotary, visible, past, attends)
             last = states[-1]
         output = BaseModelOutputWithPast(
@@ -547,17 +547,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         return decode_step(self.layers, self.final_layernorm, hidden, rotary, visible, cache, kinds)
 
     def _prefix_before(self, cache, hidden: Tensor) -> list[tuple[Tensor, Tensor]] | None:
-        """The P-tuning prefix for who has no cache to hold it; an empty cache gets it."""
+        """The P-tuning prefix, where there is one and nothing is cached yet."""
         cached = cached_length(cache)
-        if not self.prefix_length or not isinstance(cached, int) or cached:
-            return None
-        prefix = self.prefix_encoder(hidden)
-        if cache is None:
-            return prefix
-        past = Past(cache, None, self.prefix_length, hidden.device)
-        for layer_idx, (key, value) in enumerate(prefix):
-            past.extend(key, value, layer_idx)
-        return None
+        return self.prefix_encoder(hidden) if self.prefix_length and isinstance(cached, int) and not cached else None
 
     def place(self, inputs: Tensor, position_ids, attention_mask, cache, seen) -> tuple[Tensor, Tensor | None]:
         """Where the new tokens are that follow `seen` cached ones, and what they read: the one place that says so.
