@@ -1,7 +1,7 @@
 # make chat   a terminal chat; MODEL=folder-or-hub-id DTYPE=bfloat16 DEVICE=cuda ARGS="--bits 4" as you like
 # make web    the same in a browser, at http://127.0.0.1:7860
 # make serve  a server for many at once, as OpenAI's clients expect it; MODEL, DTYPE, DEVICE and ARGS as for chat
-# make test   format, lint and all tests
+# make test   format, lint, types of signatures and all tests
 # make ladder the tests of every supported transformers version, and their table
 # make canary every test on the newest libraries that pip finds (PyTorch too: gigabytes; TORCH_INDEX=URL for another)
 # make bench  speed of the full-size model (random weights, 21 GB in bench_data); ARGS="--layers 4" for a quick run
@@ -46,6 +46,7 @@ test: lint
 lint: $(DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/nox -s signatures
 
 ladder: $(DEV)
 	$(BIN)/nox -s ladder

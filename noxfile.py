@@ -7,7 +7,7 @@ itself runs in (through a `.pth` file), and holds only what its transformers ver
     nox -s rung-4.26.1       one rung
     nox -s table             the table of the last runs, in Markdown
     nox -s canary            every test on the newest transformers, PyTorch, PEFT and accelerate that pip finds
-    nox -s signatures        a type checker on the signatures of the package's files
+    nox -s signatures        a type checker on the signatures of the package's files, a part of `make lint`
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ SUITES = [
     "chat",
     "quantization",
     "decode",
+    "engine",
     "huge_pages",
     "cuda_kernels",
     "kernels_of_torch",
@@ -186,18 +187,17 @@ def ladder(session: nox.Session) -> None:
         session.error(f"failed on transformers {', '.join(failed)}")
 
 
-@nox.session(venv_backend="venv")
+@nox.session(python=False)
 def signatures(session: nox.Session) -> None:
     """mypy on the stubs of the package's files: whether their types exist and agree, also with torch and transformers.
 
     The bodies are not looked at: most of what stands there is a tensor, of which mypy knows no shape.
     """
-    session.install("mypy==2.4.1")
     root = Path(__file__).resolve().parent
     sys.path.insert(0, str(root))
     from package import package_files
 
-    stubs = Path(session.create_tmp(), "stubs").resolve()
+    tools, stubs = Path(sys.executable).parent, Path(session.create_tmp(), "stubs").resolve()
     shutil.rmtree(stubs, ignore_errors=True)
     package = stubs / "source" / "chatglm_slim"
     package.mkdir(parents=True)
@@ -205,7 +205,9 @@ def signatures(session: nox.Session) -> None:
     for file in package_files():
         shutil.copy(file, package)
     with session.chdir(package.parent):
-        session.run("stubgen", "--quiet", "--parse-only", "--output", str(stubs), "--package", package.name)
+        options = ("--quiet", "--parse-only", "--output", str(stubs), "--package", package.name)
+        session.run(str(tools / "stubgen"), *options, external=True)
     with session.chdir(stubs):
         settings = ("--config-file", str(root / "pyproject.toml"), "--python-executable", sys.executable)
-        session.run("mypy", *settings, "--cache-dir", str(stubs.parent / "cache"), "--package", package.name)
+        cache = ("--cache-dir", str(stubs.parent / "cache"))
+        session.run(str(tools / "mypy"), *settings, *cache, "--package", package.name, external=True)
