@@ -15,7 +15,11 @@ TITLES = {
     "prefix": "P-tuning v2 prefix for ChatGLM-6B-Slim",
     "adapter": "LoRA adapter for ChatGLM-6B-Slim",
 }
-PACKAGES = "torch transformers sentencepiece accelerate"
+PACKAGES = '"torch>=2.13" "transformers>=4.23.1,<6" "sentencepiece>=0.2.0" "accelerate>=0.26"'  # as in pyproject.toml
+ENGINE = (
+    "On an x86-64 CPU answers come faster with `chatglm_cpu`: `pip install ./cpu` in a clone of the ChatGLM-6B-Slim "
+    "repository."
+)
 
 
 def model_card(plan: Plan, options: Options, name: str) -> str:
@@ -114,7 +118,7 @@ def usage(kind: str, name: str) -> list[str]:
             'model = AutoModel.from_pretrained("SLIM_MODEL", config=config, trust_remote_code=True)  # it is for',
             f'model.load_state_dict(load_file("{literal(name)}/model.safetensors"), strict=False)  # of this folder',
         ]
-    blocks = [f"```sh\npip install {packages}\n```", "\n".join(["```python", *code, "```"])]
+    blocks = [f"```sh\npip install {packages}\n```", ENGINE, "\n".join(["```python", *code, "```"])]
     trust = "`trust_remote_code=True` runs the `.py` files of this folder; they are the code of ChatGLM-6B-Slim."
     return [*blocks, trust] if kind == "model" else blocks
 

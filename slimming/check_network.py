@@ -78,6 +78,8 @@ def compare_logits(case: Case, output: Path, found: dict[str, Stored]) -> str:
             values = f"{theirs[row, column].item():.6g}, expected {mine[row, column].item():.6g}"
             raise Difference(f"prompt {text!r}, token {row}, column {column}: {values} within {limit:.1e}")
         worst = max(worst, apart.max().item())
+    if not size:
+        return f"all are zero for {len(prompts)} prompts, as the formulas have it, which says nothing of the layers"
     return f"{len(prompts)} prompts within {worst:.1e} of the formulas (limit {limit:.1e}, largest logit {size:.1f})"
 
 

@@ -849,6 +849,14 @@ def test_logits_alone_tell_damages_that_matter(made, tmp_path, damage):
         logits_of(case, output)
 
 
+def test_logits_that_are_all_zero_are_said_to_prove_nothing(tmp_path, capsys):
+    state, config = toy()
+    state[HEAD].zero_()
+    source = write_source(tmp_path / "source", state, config)
+    assert slim.main([str(source), str(tmp_path / "out"), "--check"]) == Exit.OK
+    assert "says nothing of the layers" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["base2d", "base1d", "prefix", "prefix_proj"])
 def test_the_reference_network_gives_the_golden_logits(golden, name):
     """Of the original code, which the network of the package has no part in; prompts of the reference's own form."""

@@ -6,6 +6,8 @@ import contextlib
 import io
 import json
 import os
+import re
+import shlex
 import shutil
 import stat
 import struct
@@ -13,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import tomllib
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -541,7 +544,13 @@ def test_the_card_names_the_folder_its_base_its_licence_and_the_install_line(tmp
     assert 'AutoModel.from_pretrained("my model", trust_remote_code=True)' in card
     for line in ("license: other", "license_link: MODEL_LICENSE", "pipeline_tag: text-generation", "- zh"):
         assert f"\n{line}\n" in card
-    assert "pip install torch transformers sentencepiece" in card
+    line = next(line for line in card.splitlines() if line.startswith("pip install"))
+    required = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    asked = {re.split("[<>]", one)[0]: one.split(",")[0] for one in shlex.split(line)[2:]}
+    assert set(asked) >= {"torch", "transformers", "sentencepiece", "accelerate"} and set(asked.values()) <= set(
+        required
+    )
+    assert "`pip install ./cpu`" in card
     slim.slim(str(tmp_path / "my model"), tmp_path / "again", Options(repackage=True, push="me/model"))
     card = (tmp_path / "again" / "README.md").read_text()
     assert "0 of" not in card and "bit for bit" in card
