@@ -20,6 +20,7 @@ import sys
 import threading
 import weakref
 import zipfile
+from pathlib import Path
 
 import torch
 import transformers
@@ -134,10 +135,11 @@ class GrowingCache(DynamicCache):
                 states.front = cached_states(self, layer_idx)[place]
 
 
-def given_cache(*arguments):
-    """The cache among the arguments that different versions give it in, as one with `update`; None for no cache."""
-    given = [past for past in arguments if past is not None]
-    if any(past is not given[0] for past in given):
+def given_cache(past_key_values=None, cache=None, past=None, **others):
+    """The cache among the arguments of a call, as one with `update`; None for no cache. It is given as the first one
+    from 4.26 to 5.23, as the second one later, and as the third one before."""
+    given = [one for one in (past_key_values, cache, past) if one is not None]
+    if any(one is not given[0] for one in given):
         raise ValueError("two different caches, as past_key_values and as cache: give one")
     return as_cache(given[0] if given else None)
 
@@ -169,7 +171,7 @@ def give_cache(model, arguments: tuple, options: dict):
     """Puts into the options of `generate` the cache that it is to use, under the name that this version knows: the
     caller's, or where generate would make a DynamicCache, one that grows in place and that generate alone has until
     `take_back`. Returns it; None where generate uses none, or makes one of another kind."""
-    cache = given_cache(options.pop("past_key_values", None), options.pop("cache", None))
+    cache = given_cache(**{name: options.pop(name, None) for name in ("past_key_values", "cache")})
     if cache is None:
         use_cache, kind = (chosen_setting(model, arguments, options, n) for n in ("use_cache", "cache_implementation"))
         if not use_cache or kind is not None or options.get("custom_generate"):
@@ -268,21 +270,21 @@ def is_tracing() -> bool:
 
 
 class Past:
-    """What the blocks put before their new keys and values: a cache, or without one a P-tuning prefix, or nothing."""
+    """What the blocks put before their new keys and values: the tokens of a cache, and in front of the first ones a
+    P-tuning prefix, (keys, values) [B, H, P, D] for each layer."""
 
     def __init__(self, cache, prefix: list[tuple[Tensor, Tensor]] | None, new_tokens: int, device: torch.device):
         self.cache, self.prefix, self.arguments = cache, prefix, ()
         if fixed_length(cache) is not None:  # before transformers 5 static caches are told which slots to write to
-            self.arguments = ({"cache_position": torch.arange(new_tokens, device=device) + cached_length(cache)},)
+            slots = torch.arange(new_tokens + (prefix[0][0].shape[2] if prefix else 0), device=device)
+            self.arguments = ({"cache_position": slots + cached_length(cache)},)
 
     def extend(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         """New keys and values [B, H, S, D] -> those of all tokens, [B, H, K, D]."""
-        if self.cache is not None:
-            return self.cache.update(key, value, layer_idx, *self.arguments)
-        if self.prefix is None:
-            return key, value
-        before, after = self.prefix[layer_idx], (key, value)
-        return tuple(torch.cat((old.to(new), new), dim=2) for old, new in zip(before, after))
+        if self.prefix is not None:
+            pairs = zip(self.prefix[layer_idx], (key, value))
+            key, value = (torch.cat((before.to(new), new), dim=2) for before, new in pairs)
+        return (key, value) if self.cache is None else self.cache.update(key, value, layer_idx, *self.arguments)
 
 
 def chat_returns_dict() -> bool:
@@ -292,9 +294,7 @@ def chat_returns_dict() -> bool:
     return bool(parameter and parameter.default)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading, saving, checkpointing
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Loading, saving, checkpointing ---------------------------------------------------------------------------------
 
 
 class VersionedModel(PreTrainedModel):
@@ -358,12 +358,12 @@ class VersionedModel(PreTrainedModel):
         )
 
     def _set_gradient_checkpointing(
-        self, enable=True, gradient_checkpointing_func=checkpoint.checkpoint, every_n_layers: int = 1, value=None
+        self, enable=True, gradient_checkpointing_func=checkpoint.checkpoint, every_n_layers: int = 1, **older
     ):
-        """Below 4.35 transformers calls this for each module, with `value`; from 5.23 on it can ask for layers between
-        others, and counts only those of a class of its own."""
+        """Below 4.35 transformers calls this for each module, with `value`, a parameter by whose name later ones tell
+        old code; from 5.23 on it can ask for layers between others, and counts only those of a class of its own."""
         network = self.base_model
-        network.gradient_checkpointing = enable if value is None else value
+        network.gradient_checkpointing = older.get("value", enable)
         network.checkpoint_function, network.checkpoint_every = gradient_checkpointing_func, every_n_layers
 
     def checkpointed(self, layer: nn.Module, layer_idx: int):
@@ -420,10 +420,7 @@ def warn_of_other_code(folder) -> None:
 
 
 def read_or_nothing(path: str) -> bytes:
-    if not os.path.isfile(path):
-        return b""
-    with open(path, "rb") as file:
-        return file.read()
+    return Path(path).read_bytes() if os.path.isfile(path) else b""
 
 
 # In the order in which transformers looks for them.

@@ -60,21 +60,18 @@ from .quantization import (
     tied_head_keys,
 )
 
-FINETUNE = "see finetune/README.md in the ChatGLM-6B-Slim repository"
 LABELS_IN_CONTEXT = (
     "labels before <sop>: tokens of a GLM context read each other in both directions, so the model sees what it is "
     "to predict there and learns nothing from it; label the answer, from <sop> on, as the collators in "
     "finetune/collators.py of the ChatGLM-6B-Slim repository do"
 )
-PROMPT_TUNING = (
-    "PEFT's prompt tuning and prefix tuning do not know where a GLM context ends, and generate() cannot use them: "
-    "P-tuning v2 is built in, give from_pretrained pre_seq_len=128, " + FINETUNE
+P_TUNING = (
+    "PEFT's prompt tuning and prefix tuning do not know where a GLM context ends: P-tuning v2 is built in, give "
+    "from_pretrained pre_seq_len=128, see finetune/README.md in the ChatGLM-6B-Slim repository"
 )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Where things are in a GLM sequence: context, answer, padding. Every position and mask comes from here.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Where things are in a GLM sequence: context, answer, padding. Every position and mask comes from here ----------
 
 
 class Geometry(NamedTuple):
@@ -119,16 +116,6 @@ def find_geometry(
     return Geometry(context_length, *filled, first_index(visible))
 
 
-def shaping_ids(inputs_embeds: Tensor, embedding: nn.Module, config: ChatGLMConfig) -> Tensor:
-    """The ids [B, S] of padding, [MASK], [gMASK] and <sop>, known by their embeddings; vocab_size for all others."""
-    ids = torch.full(inputs_embeds.shape[:2], config.vocab_size, device=inputs_embeds.device)
-    for token in (config.pad_token_id, config.mask_token_id, config.gmask_token_id, config.bos_token_id):
-        if token is not None:
-            row = embedding(torch.tensor([token], device=inputs_embeds.device)).to(inputs_embeds.dtype)
-            ids = ids.masked_fill((inputs_embeds == row).all(dim=-1), token)
-    return ids
-
-
 def position_ids_between(geometry: Geometry, start, new_tokens: int, two_dimensional: bool) -> Tensor:
     """Positions of the tokens start ... start + new_tokens - 1 of each row (counted with padding): [B, R, S]."""
     index = torch.arange(new_tokens, device=geometry.padding.device) + start
@@ -171,13 +158,6 @@ def hides_any(geometry: Geometry | None, attention_mask: Tensor | None) -> bool:
     return geometry is not None and bool(geometry.padding.any())
 
 
-def spread(hidden: Tensor, tokens: int, keys: int) -> Tensor:
-    """An official mask [B, 1, S, tokens] (or 1 for all of them) over `keys`, of which the last may be empty slots."""
-    if hidden.shape[-1] == 1:
-        hidden = hidden.expand(-1, -1, -1, tokens)
-    return F.pad(hidden, (0, keys - hidden.shape[-1]), value=True)
-
-
 def visible_keys(hidden: Tensor, prefix_length: int) -> Tensor:
     """What the blocks take: True for keys that are read, those of the prefix first. A row of padding reads all, as in
     the original."""
@@ -193,13 +173,9 @@ def check_sizes(mask: Tensor | None, batch: int, new_tokens: int, tokens: int, k
             f"the static cache has room for {keys} tokens beside the P-tuning prefix, the text has {tokens}: pass a "
             "StaticCache with max_cache_len = max_length + pre_seq_len"
         )
-    if mask is None:
-        return
-    rows, *sizes = mask.shape
-    fits = sizes == [tokens]
-    if len(sizes) == 3:
-        fits = (sizes[1] == 1 or sizes[1] >= new_tokens) and sizes[2] in (1, tokens, keys)
-    if not fits or rows not in (1, batch):
+    rows, *sizes = (1, tokens) if mask is None else mask.shape
+    is_official = len(sizes) == 3 and (sizes[1] == 1 or sizes[1] >= new_tokens) and sizes[2] in (1, tokens, keys)
+    if rows not in (1, batch) or not (is_official or sizes == [tokens]):
         raise ValueError(
             f"attention_mask of shape {tuple(mask.shape)}: {new_tokens} new tokens after {tokens - new_tokens} in the "
             f"cache take [{batch}, {tokens}] with 0 for hidden tokens, or the official bool mask "
@@ -207,9 +183,7 @@ def check_sizes(mask: Tensor | None, batch: int, new_tokens: int, tokens: int, k
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The network
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The network ----------------------------------------------------------------------------------------------------
 
 
 def rotary_tables(position_ids: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -345,9 +319,7 @@ def embedding(config: ChatGLMConfig) -> nn.Module:
     return QuantizedEmbedding(config.vocab_size, config.hidden_size, config.head_bits, group_size)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The models: what both share, without head, with it
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The models: what both share, without head, with it -------------------------------------------------------------
 
 
 class ChatGLMPreTrainedModel(VersionedModel):
@@ -485,7 +457,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
     ) -> tuple | BaseModelOutputWithPast:
         """
         Args:
-            input_ids: [B, S], or inputs_embeds [B, S, hidden] (special tokens are recognised by their embeddings).
+            input_ids: [B, S], or inputs_embeds [B, S, hidden], from which no positions and mask are derived.
             position_ids: [B, 2, S] ([B, S] for 1-D models); derived when absent.
             attention_mask: [B, K] with 0 for padding, or the official bool mask [B, 1, S, K] with True for *hidden*;
                 derived when absent (leading pad tokens are padding).
@@ -512,10 +484,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         position_ids, unread = self.place(inputs, position_ids, attention_mask, cache, seen)
         visible = None if unread is None else visible_keys(unread, self.prefix_length)
         rotary = rotary_tables(position_ids, config.head_size // position_ids.shape[1], hidden.dtype)
-        prefix, states, attentions = self._prefix_before(cache, hidden), None, None
+        states, attentions = None, None
         last = None if attends or shows_states else self._decode_step(hidden, rotary, visible, cache, seen)
         if last is None:
-            past = Past(cache, prefix, hidden.shape[1], hidden.device)
+            past = Past(cache, self._prefix_before(cache, hidden), hidden.shape[1], hidden.device)
             states, attentions = self._run_blocks(hidden, rotary, visible, past, attends)
             last = states[-1]
         output = BaseModelOutputWithPast(
@@ -547,17 +519,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         return decode_step(self.layers, self.final_layernorm, hidden, rotary, visible, cache, kinds)
 
     def _prefix_before(self, cache, hidden: Tensor) -> list[tuple[Tensor, Tensor]] | None:
-        """The P-tuning prefix for who has no cache to hold it; an empty cache gets it."""
+        """The P-tuning prefix, where there is one and nothing is cached yet."""
         cached = cached_length(cache)
-        if not self.prefix_length or not isinstance(cached, int) or cached:
-            return None
-        prefix = self.prefix_encoder(hidden)
-        if cache is None:
-            return prefix
-        past = Past(cache, None, self.prefix_length, hidden.device)
-        for layer_idx, (key, value) in enumerate(prefix):
-            past.extend(key, value, layer_idx)
-        return None
+        return self.prefix_encoder(hidden) if self.prefix_length and isinstance(cached, int) and not cached else None
 
     def place(self, inputs: Tensor, position_ids, attention_mask, cache, seen) -> tuple[Tensor, Tensor | None]:
         """Where the new tokens are that follow `seen` cached ones, and what they read: the one place that says so.
@@ -582,20 +546,23 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         official = attention_mask is not None and attention_mask.dim() == 4
         geometry, first = geometry_of(cache), isinstance(seen, int) and seen == 0
         if first and (position_ids is None or not official):
-            ids = inputs if inputs.dim() == 2 else shaping_ids(inputs, self.word_embeddings, self.config)
-            geometry = find_geometry(ids, self.config, None if official else attention_mask)
+            if inputs.dim() == 3:
+                raise ValueError(f"inputs_embeds take position_ids and the official mask with them. {P_TUNING}")
+            geometry = find_geometry(inputs, self.config, None if official else attention_mask)
             remember_geometry(cache, geometry)
         if position_ids is not None:
             position_ids = self.checked_positions(position_ids, S)
         elif geometry is None:
             raise ValueError(
                 "past_key_values without position_ids: this cache does not know where its context ends; pass "
-                "position_ids [B, 2, S] with it, or the Cache object that the model returned. " + PROMPT_TUNING
+                f"position_ids [B, 2, S] with it, or the Cache object that the model returned. {P_TUNING}"
             )
         else:
             position_ids = position_ids_between(geometry, seen, S, self.config.position_encoding_2d)
         if official:
-            return position_ids, spread(attention_mask[:, :, -S:].bool(), seen + S, keys)
+            hidden = attention_mask[:, :, -S:].bool()
+            hidden = hidden.expand(-1, -1, -1, seen + S) if hidden.shape[-1] == 1 else hidden
+            return position_ids, F.pad(hidden, (0, keys - hidden.shape[-1]), value=True)  # of slots yet empty
         if S == 1 and slots is None and not first and not hides_any(geometry, attention_mask):
             return position_ids, None
         return position_ids, hidden_keys(geometry, attention_mask, seen, S, keys, inputs.device)
@@ -683,8 +650,6 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         Returns:
             loss, the mean cross entropy in float32, cast to the model's dtype; logits [B, kept, V].
         """
-        if labels is not None:
-            self._warn_of_vain_training(labels, input_ids, attention_mask, past_key_values if cache is None else cache)
         output = self.transformer(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -703,6 +668,8 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         loss = None
         if labels is not None:
             loss = shifted_cross_entropy(logits, labels, kwargs.get("num_items_in_batch")).to(logits.dtype)
+            derived = input_ids is not None and given_cache(past_key_values, cache) is None
+            self._warn_of_vain_training(labels, input_ids if derived else None, attention_mask, loss)
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -712,26 +679,19 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         )
         return as_asked(output, return_dict, self.config)
 
-    def _warn_of_vain_training(self, labels: Tensor, ids: Tensor | None, attention_mask: Tensor | None, past) -> None:
-        """Of what runs without an error, and teaches nothing or what cannot be used."""
-        if (
-            ids is not None
-            and past is None
-            and (attention_mask is None or attention_mask.dim() == 2)
-            and not is_tracing()
-        ):
-            index = torch.arange(labels.shape[1], device=labels.device)
-            context_length = first_index(ids == self.config.bos_token_id).to(labels.device)
-            if ((labels != -100) & (index > 0) & (index < context_length)).any():
+    def _warn_of_vain_training(self, labels: Tensor, ids: Tensor | None, attention_mask: Tensor | None, loss) -> None:
+        """Of what runs without an error, and teaches nothing. ids: None where they are no whole text."""
+        if ids is not None and getattr(attention_mask, "ndim", 2) == 2 and not is_tracing():
+            index = torch.arange(1, labels.shape[1], device=labels.device)
+            in_context = index < first_index(ids == self.config.bos_token_id).to(labels.device)
+            if ((labels[:, 1:] != -100) & in_context).any():
                 warn_once(LABELS_IN_CONTEXT)
-        if self.training and torch.is_grad_enabled() and not any(own.requires_grad for own in self.parameters()):
-            if ids is None:
-                warn_once(f"only what stands before the network is trained: {PROMPT_TUNING}")
-            elif self.config.quantization_bit:
-                warn_once(
-                    f"nothing of this INT{self.config.quantization_bit} model is trained: its layers are frozen. Add "
-                    "an adapter, or a prefix (pre_seq_len), or tune the 16-bit one: " + FINETUNE
-                )
+        if self.training and self.config.quantization_bit and torch.is_grad_enabled() and not loss.requires_grad:
+            warn_once(
+                f"nothing of this INT{self.config.quantization_bit} model is trained: its layers are frozen. Add an "
+                "adapter, or a prefix (pre_seq_len), or tune the 16-bit one: see finetune/README.md in the "
+                "ChatGLM-6B-Slim repository"
+            )
 
     # --- hooks of transformers' generate, checked on every rung of the ladder -------------------------------------
 
@@ -741,19 +701,18 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         what runs the model on less than a whole prompt, or on copies of the cache with other rows."""
         adapter = getattr(getattr(self.prepare_inputs_for_generation, "__self__", None), "active_peft_config", None)
         if getattr(adapter, "is_prompt_learning", False):
-            raise ValueError(PROMPT_TUNING)
+            raise ValueError(P_TUNING)
         penalty, guidance = (chosen_setting(self, args, kwargs, name) for name in ("penalty_alpha", "guidance_scale"))
         if penalty:
-            raise ValueError(
-                f"penalty_alpha = {penalty}: ChatGLM has no contrastive search; sample, or take num_beams"
-            )
+            raise ValueError(f"penalty_alpha = {penalty}: contrastive search is not served; sample, or take num_beams")
         if guidance not in (None, 1) and kwargs.get("negative_prompt_ids") is None:
             raise ValueError(
                 f"guidance_scale = {guidance}: a GLM says nothing without a prompt; give the ids of one, which "
                 "ends with [gMASK] <sop>, as negative_prompt_ids"
             )
-        ids = kwargs.get("input_ids") if inputs is None else inputs
-        self._without_official_forms(kwargs.get("inputs_embeds") if ids is None else ids, kwargs)
+        prompt = kwargs.get("input_ids") if inputs is None else inputs
+        if prompt is not None:
+            self._without_official_forms(prompt, kwargs)
         cache = give_cache(self, args, kwargs)
         output = super().generate(inputs, *args, **kwargs)
         take_back(cache)
@@ -790,25 +749,20 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
                 )
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, inputs_embeds=None, **kwargs
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs
     ) -> dict[str, Any]:
         """Overridden because positions and masks follow from the whole text, `input_ids`, of which a step gets only
         the new tokens. The positions that transformers 5 makes are not looked at."""
-        given = (kwargs.get(name) for name in ("past_key_values", "cache", "past"))  # the last one below 4.26
-        cache = given_cache(*given)
+        cache = given_cache(**kwargs)
         names = ("use_cache", "output_attentions", "output_hidden_states", "logits_to_keep")
         inputs = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
         inputs.update({CACHE_NAME: cache, "attention_mask": attention_mask})
         seen = self.transformer.tokens_in(cache)
-        if not seen and inputs_embeds is not None:
-            return {**inputs, "inputs_embeds": inputs_embeds}
         if not seen:
             if bool((input_ids[:, -1] == self.config.bos_token_id).all()):
                 inputs["logits_to_keep"] = 1  # a bare prompt: only what follows it is asked for
             return {**inputs, "input_ids": input_ids}
         total = input_ids.shape[1] if attention_mask is None else attention_mask.shape[1]
-        if inputs_embeds is not None and total <= seen:  # input_ids holds the new tokens only
-            total += inputs_embeds.shape[1]
         if total <= seen:
             raise ValueError(
                 f"the cache holds {seen} tokens and the input has {total}: pass the whole text, prompt and answer, "
