@@ -11,6 +11,7 @@ import pytest
 import torch
 from chatglm_slim import kernel_routes
 from chatglm_slim.configuration_chatglm import ChatGLMConfig, warn_once
+from chatglm_slim.kernel_routes import unpack_int4
 from chatglm_slim.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_slim.quantization import (
     QuantizedEmbedding,
@@ -19,7 +20,6 @@ from chatglm_slim.quantization import (
     linear_layers,
     pack_int4,
     quantize_weight,
-    unpack_int4,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -120,6 +120,11 @@ class ChatGLMConfig(PretrainedConfig):
         return bits if self.quantization_bit else 0
 
     @property
+    def head_group_size(self) -> int:
+        """Int8 rows need no groups; an int4 head has those of the other layers."""
+        return self.quantization_group_size if self.head_bits == 4 else 0
+
+    @property
     def base_model_tp_plan(self) -> dict[str, str]:
         """How transformers splits the network over processes (5.23): by heads, and by inner columns."""
         plan = {}

@@ -54,7 +54,6 @@ from .quantization import (
     QuantizedEmbedding,
     QuantizedLinear,
     dequantize_model,
-    head_group_size,
     quantize_model,
     refuse_other_format,
     tied_head_keys,
@@ -315,8 +314,7 @@ def linear_layer(config: ChatGLMConfig, in_features: int, out_features: int) -> 
 def embedding(config: ChatGLMConfig) -> nn.Module:
     if not config.head_bits:
         return nn.Embedding(config.vocab_size, config.hidden_size)
-    group_size = head_group_size(config.head_bits, config.quantization_group_size)
-    return QuantizedEmbedding(config.vocab_size, config.hidden_size, config.head_bits, group_size)
+    return QuantizedEmbedding(config.vocab_size, config.hidden_size, config.head_bits, config.head_group_size)
 
 
 # ---- The models: what both share, without head, with it -------------------------------------------------------------
@@ -601,10 +599,8 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         super().__init__(config, *args, **kwargs)
         self.transformer = ChatGLMModel(config)
         if config.head_bits:
-            group_size = head_group_size(config.head_bits, config.quantization_group_size)
-            self.lm_head = QuantizedLinear(
-                config.hidden_size, config.vocab_size, config.head_bits, group_size, bias=False
-            )
+            rows = (config.hidden_size, config.vocab_size, config.head_bits, config.head_group_size)
+            self.lm_head = QuantizedLinear(*rows, bias=False)
             self._tied_weights_keys = tied_head_keys()
         else:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

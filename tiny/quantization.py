@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm  # a dependency of transformers
 
-from .configuration_chatglm import check_field
+from .configuration_chatglm import check_field, warn_once
 from .cuda_kernels import quantize as cuda_quantize
-from .kernel_routes import FrozenProduct, dequantize_weight, dequantized, product, unpack_int4, warn_once  # noqa: F401
+from .kernel_routes import FrozenProduct, dequantize_weight, dequantized, product
 
 LARGEST = {4: 7, 8: 127}
 SEARCH_FACTORS = [1 - step / 40 for step in range(17)]  # of the largest value, when the scale is searched: 1.0 ... 0.6
@@ -165,10 +165,8 @@ class QuantizedEmbedding(nn.Module):
 
 def fill(layer: QuantizedLinear | QuantizedEmbedding, weight: Tensor, search: bool) -> None:
     """Gives the layer `weight` [out, in] rounded, on its device, by the CUDA kernel where that applies."""
-    bits, group_size, fast = layer.bits, layer.group_size, None
-    if weight.is_cuda and not group_size and not search:
-        fast = cuda_quantize(weight, bits)
-    values, scale = quantize_weight(weight, bits, group_size, search) if fast is None else fast
+    fast = None if layer.group_size or search else cuda_quantize(weight, layer.bits)
+    values, scale = fast or quantize_weight(weight, layer.bits, layer.group_size, search)
     layer.weight = nn.Parameter(values, requires_grad=False)
     layer.weight_scale = nn.Parameter(scale.to(weight.dtype), requires_grad=False)
 
@@ -289,7 +287,7 @@ def refuse_offloaded(model: nn.Module, what: str) -> None:
 def quantize_embedding_and_head(model: nn.Module, search: bool) -> None:
     """A tied pair stays tied: values and scales are stored once."""
     transformer, old, bits = model.transformer, model.lm_head, model.config.head_bits
-    group_size = head_group_size(bits, model.config.quantization_group_size)
+    group_size = model.config.head_group_size
     head = QuantizedLinear.from_linear(old, bits, group_size, search)
     embedding = QuantizedEmbedding(old.out_features, old.in_features, bits, group_size, device="meta")
     model.config.tie_word_embeddings = old.weight is transformer.word_embeddings.weight
@@ -299,11 +297,6 @@ def quantize_embedding_and_head(model: nn.Module, search: bool) -> None:
         fill(embedding, transformer.word_embeddings.weight, search)
     model.lm_head, transformer.word_embeddings = head, embedding
     model._tied_weights_keys = tied_head_keys()
-
-
-def head_group_size(bits: int, group_size: int) -> int:
-    """Int8 rows need no groups; an int4 head has those of the other layers."""
-    return group_size if bits == 4 else 0
 
 
 def tied_head_keys() -> dict[str, str]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 from chatglm_slim import cuda_kernels
-from chatglm_slim.quantization import dequantize_weight, quantize_weight, unpack_int4
+from chatglm_slim.kernel_routes import dequantize_weight, unpack_int4
+from chatglm_slim.quantization import quantize_weight
 from torch import Tensor
 
 from .guarded import Guarded, read_only
