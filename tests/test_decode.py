@@ -107,7 +107,7 @@ def test_decode_steps_equal_the_plain_network(monkeypatch, served, dtype, quanti
     assert served == [quantization is not None or dtype != torch.float32] * (IDS.shape[1] - 8)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("threads", [1, 2, 3, 16])
 @torch.no_grad()
 def test_any_number_of_threads_gives_the_same_bits(served, threads):
     model = make_model(torch.bfloat16, {"bits": 4})

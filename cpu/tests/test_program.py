@@ -104,3 +104,62 @@ def test_a_step_from_tensors_alone_equals_float64_and_keeps_their_memory():
     with pytest.raises(ValueError, match="keys and values of 1 layers"):
         step.run(hidden, cos, sin, [(states[0][0], states[0][1][:, :, :3])])
     assert program.decode_program(owner, network._replace(heads=3), 1, torch.float16, 2) is None
+
+
+def small_network(heads=4, size=32, inner=256):
+    """Of one layer; values, and what a step takes besides: hidden, cos, sin, states."""
+    generator, width = torch.Generator().manual_seed(1), heads * size
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator).half()
+
+    def product(rows, columns):
+        return random(rows, columns) * columns**-0.5, random(rows), None, 16
+
+    norms = [(1 + random(width) / 10, random(width), 1e-5) for _ in range(3)]
+    layer = (2.0, *norms[0], *product(3 * width, width), *product(width, width), *norms[1])
+    values = [*layer, *product(inner, width), *product(width, inner), *norms[2]]
+    arguments = (random(1, width), random(1, size // 2), random(1, size // 2), [tuple(random(2, 1, heads, 9, size))])
+    return program.Network(heads, size, values), arguments
+
+
+@torch.no_grad()
+def test_a_thread_that_never_comes_is_not_waited_for_and_one_that_comes_late_changes_nothing(monkeypatch):
+    network, arguments = small_network()
+    expected = program.decode_program(torch.nn.Module(), network, 1, torch.float16, 2).run(*arguments)
+    calls = []
+
+    def alone(address, words, threads):
+        kernel = runtime._FUNCTION(address)
+        for _ in range(threads):  # one behind the other: what waits for others would wait for ever
+            kernel(words)
+        calls.append(threads)
+
+    monkeypatch.setattr(program, "launch", alone)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    y = program.decode_program(torch.nn.Module(), network, 1, torch.float16, 2).run(*arguments)
+    assert calls == [3] and torch.equal(y, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("threads", [2, 16])
+def test_threads_that_have_to_nap_give_the_same_bits(monkeypatch, threads):
+    network, arguments = small_network()
+    expected = program.decode_program(torch.nn.Module(), network, 1, torch.float16, 2).run(*arguments)
+    before = torch.get_num_threads()
+    monkeypatch.setattr(program, "PATIENCE", 0)
+    torch.set_num_threads(threads)
+    try:
+        step = program.decode_program(torch.nn.Module(), network, 1, torch.float16, 2)
+        assert all(torch.equal(step.run(*arguments), expected) for _ in range(5))
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch.no_grad()
+def test_ends_beyond_the_keys_are_refused():
+    network, arguments = small_network()
+    step = program.decode_program(torch.nn.Module(), network, 1, torch.float16, 2)
+    for ends in ([9], [-1], [1, 2]):
+        with pytest.raises(ValueError, match="a place below 9 for each of 1 sequences"):
+            step.run(*arguments, torch.tensor(ends))
