@@ -97,7 +97,7 @@ def candidates(
 ) -> list[str]:
     """The ways to compute a product with `rows` rows of activations of type x, the one by default first.
 
-    gemv-bf16-l2, gemv-f32-l2, gemv-bf16-l1, gemv-f32-l1: passes over the weight for a few rows each, with dots of
+    gemv-bf16-l2, gemv-f32-l2, gemv-bf16-l1 or gemv-f32-l1: passes over the weight for a few rows each, with dots of
     bfloat16 pairs or in float32, and the weights asked for ahead into the second or the first cache. gemm, gemm-int8:
     blocks of the weight are unpacked and multiplied with all rows, which with `int8` may be rounded to int8. dense:
     blocks of the weight in x's type, and PyTorch's product. int8pack: PyTorch's product with INT8. torch: PyTorch's
@@ -111,7 +111,7 @@ def _candidates(isa: str, rows: int, x: torch.dtype, bits: int, group: int, weig
     pairs = isa == "avx512_bf16" and x == torch.bfloat16 and weight != torch.float16
     # INT8 takes longer to become pairs of bfloat16 than few rows gain by them.
     lanes = ["f32"] + ["bf16"] * pairs if bits == 8 else ["bf16"] * pairs + ["f32"]
-    gemvs = [f"gemv-{of}-{cache}" for cache in ("l2", "l1") for of in lanes if rows <= MOST_GEMV_ROWS]
+    gemvs = [*(f"gemv-{of}-l2" for of in lanes), f"gemv-{lanes[0]}-l1"] if rows <= MOST_GEMV_ROWS else []
     others = []
     if rows >= FEWEST_GEMM_ROWS and not (bits == 16 and pairs):
         vnni = int8 and bits < 16 and not group and isa == "avx512_bf16"  # which comes with it
@@ -134,8 +134,6 @@ def ranked(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int, int8: boo
         return candidates(rows, x.dtype, bits, group, weight.dtype, int8)[:1]
     rows = next((limit for limit in CLASSES if rows <= limit), CLASSES[-1])
     names = candidates(rows, x.dtype, bits, group, weight.dtype, int8)
-    if rows > 1 and "gemv-f32-l1" in names:  # nowhere the fastest, and a compilation
-        names = [name for name in names if name != "gemv-f32-l1"]
     if len(names) == 1:
         return names
     kind = f"int{bits}" + f"g{group}" * bool(group) if bits < 16 else _name(weight.dtype)
