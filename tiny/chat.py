@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from .compat import generation_settings
+from .compat import chosen_setting
 
 CHINESE = "\u4e00-\u9fff"
 FULL_WIDTH = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
@@ -251,8 +251,8 @@ class ChatMixin:
             ValueError: no room under max_length; scores that are not finite; a length that is no whole number.
         """
         kwargs.update(max_length=max_length, logits_processor=logits_processor, num_beams=num_beams)
-        kwargs.update(do_sample=do_sample, top_p=top_p, temperature=temperature)
-        answer, arguments = self._begin(tokenizer, query, history, stop, answer_room, kwargs)
+        kwargs.update(do_sample=do_sample, top_p=top_p, temperature=temperature, answer_room=answer_room)
+        answer, arguments = self._begin(tokenizer, query, history, stop, kwargs)
         output = self.generate(**arguments)
         response = answer.text((output if torch.is_tensor(output) else output.sequences)[0], finished=True)
         return response, with_round(history, query, response)
@@ -276,8 +276,8 @@ class ChatMixin:
         Closing the generator (or leaving its loop) ends the generation.
         """
         kwargs.update(max_length=max_length, logits_processor=logits_processor)
-        kwargs.update(do_sample=do_sample, top_p=top_p, temperature=temperature)
-        answer, arguments = self._begin(tokenizer, query, history, stop, answer_room, kwargs)
+        kwargs.update(do_sample=do_sample, top_p=top_p, temperature=temperature, answer_room=answer_room)
+        answer, arguments = self._begin(tokenizer, query, history, stop, kwargs)
         shown, ids = None, arguments["input_ids"]
         for ids in self.stream_generate(**arguments):
             shown = answer.text(ids[0], finished=False)
@@ -317,20 +317,19 @@ class ChatMixin:
             if thread is not threading.current_thread():  # the garbage collector may come by there
                 thread.join()
 
-    def _begin(self, tokenizer, query: str, history, stop, answer_room, options: dict[str, Any]):
+    def _begin(self, tokenizer, query: str, history, stop, options: dict[str, Any]):
         """How to read the answer, and the arguments of `generate`, for one round of chat."""
-        for name in ("max_length", "max_new_tokens", "num_beams"):
+        for name in ("max_length", "max_new_tokens", "num_beams", "answer_room"):
             if options.get(name) is not None:
                 options[name] = whole_number(name, options[name])
         if options["max_length"] is None or options.get("max_new_tokens") is not None:
             del options["max_length"]
-        room = None if answer_room is None else whole_number("answer_room", answer_room)
+        room = options.pop("answer_room")
         limit = options.get("max_length", None if room is None else self.config.max_sequence_length)
         prompt = torch.tensor([prompt_within(tokenizer, query, history, limit, room)], device=embedding_device(self))
         if options["do_sample"]:
-            settings = options.get("generation_config") or generation_settings(self)
-            own = getattr(settings, "top_k", None)
-            options.setdefault("top_k", 50 if own is None else own)  # as in the transformers that the original ran on
+            own = chosen_setting(self, (), options, "top_k")
+            options["top_k"] = 50 if own is None else own  # as in the transformers that the original ran on
         else:  # generate would warn that they have no effect
             options = {name: value for name, value in options.items() if name not in ("top_p", "temperature", "top_k")}
         answer = Answer(tokenizer, prompt.shape[1], self.process_response, stop, options.get("num_beams") or 1)

@@ -154,16 +154,12 @@ def as_cache(past):
     return cache
 
 
-def generation_settings(model):
-    """Where the defaults of `generate` stand: in the model's configuration below 4.25."""
-    return getattr(model, "generation_config", model.config)
-
-
 def chosen_setting(model, arguments: tuple, options: dict, name: str):
     """What generate(inputs, *arguments, **options) takes for a setting: the first that is not None."""
-    # what 4.23 has as the first argument is no configuration
-    configs = (*arguments[:1], options.get("generation_config"), generation_settings(model), model.config)
-    sources = [options, *(vars(config) for config in configs if hasattr(config, "use_cache"))]
+    # 4.23 has something else as the first argument; below 4.25 the model's configuration holds the defaults
+    given, own = options.get("generation_config"), getattr(model, "generation_config", None)
+    configs = [config for config in (*arguments[:1], given, own, model.config) if hasattr(config, "use_cache")]
+    sources = [options, *map(vars, configs)]
     return next((source[name] for source in sources if source.get(name) is not None), None)
 
 
