@@ -43,6 +43,18 @@ def spell_whitespace(text: str) -> str:
     return BLANK_RUN.sub(lambda run: BLANKS[run[0]], text)
 
 
+def _settings(of_file: dict[str, Any]) -> dict[str, Any]:
+    """Without ChatGLM's own tokens, which 5.x, where a dict gathers them, would parse in text and hide in answers; and
+    the user's special tokens by the name that all versions know, where 5.x wrote a list that 4.x takes for a dict."""
+    settings = {name: value for name, value in of_file.items() if name not in OWN_NAMES}
+    for group, value in settings.items():
+        if isinstance(value, dict):
+            settings[group] = {name: token for name, token in value.items() if name not in OWN_NAMES}
+    if isinstance(settings.get("extra_special_tokens"), (list, tuple)):
+        settings["additional_special_tokens"] = list(settings.pop("extra_special_tokens"))
+    return settings
+
+
 def _clean_up(text: str) -> str:
     """transformers' removal of blanks before punctuation, which 5.0 no longer has for tokenizers in Python."""
     for mark in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
@@ -166,15 +178,6 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             raise ValueError(f"bos_token is {bos_token}, eos_token {eos_token}: every prompt needs <sop> and <eop>.")
         self.do_lower_case, self.remove_space = do_lower_case, remove_space
         self.split_special_tokens = bool(kwargs.get("split_special_tokens", False))  # below 4.34, nobody else does
-        # 5.x would parse them in text and hide them in answers, as the original does not; it gathers them in a dict
-        for group, value in kwargs.items():
-            if isinstance(value, dict):
-                kwargs[group] = {name: token for name, token in value.items() if name not in OWN_NAMES}
-        for name in OWN_NAMES:
-            kwargs.pop(name, None)
-        # 5.x writes the user's own special tokens as a list, under a name that means a dict to 4.x
-        if isinstance(kwargs.get("extra_special_tokens"), (list, tuple)):
-            kwargs["additional_special_tokens"] = list(kwargs.pop("extra_special_tokens"))
         # tokenizer_config.json of the first release says </s>, but the model has always ended answers with <eop>
         eos_token = "<eop>" if str(eos_token) == str(end_token) else eos_token
         tokens = {"bos": bos_token, "eos": eos_token, "unk": unk_token, "pad": pad_token, "mask": mask_token}
@@ -187,7 +190,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             remove_space=remove_space,
             num_image_tokens=self.num_image_tokens,
             clean_up_tokenization_spaces=clean_up_tokenization_spaces,
-            **kwargs,
+            **_settings(kwargs),
         )
         self.clean_up_tokenization_spaces = clean_up_tokenization_spaces
         self.gmask_token, self.end_token = str(gmask_token), str(end_token)  # no special tokens to transformers

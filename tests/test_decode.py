@@ -594,11 +594,13 @@ def test_chats_of_different_batches_take_turns_without_rebuilding(served):
 @torch.no_grad()
 def test_lora_of_peft_is_noticed(monkeypatch, served):
     peft = pytest.importorskip("peft", exc_type=ImportError)
+    from finetune.adapters import know_quantized_layers
+
     model = make_model(torch.bfloat16, {"bits": 4})
     before, _ = steps(model)
     served.clear()
     config = peft.LoraConfig(r=4, target_modules=["query_key_value"], init_lora_weights=False)
-    adapted = peft.get_peft_model(model, config).eval()
+    adapted = peft.get_peft_model(model, know_quantized_layers(config, model)).eval()
     after, _ = steps(adapted.base_model.model)
     assert not any(served) and (before - after).abs().max() > 0.01
 

@@ -96,8 +96,7 @@ def is_watched() -> bool:
 
 def is_altered(module: nn.Module) -> bool:
     """Whether calling the module does anything else than its class says."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or any(GLOBAL_HOOKS)
-    return bool(hooks or "forward" in module.__dict__)
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 # ---- Products -------------------------------------------------------------------------------------------------------
@@ -181,7 +180,8 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
         return layer(x)
     weight, bias = layer.weight, layer.bias
     trained = any(tensor is not None and tensor.requires_grad for tensor in (x, weight, bias))
-    if weight.dtype != x.dtype or is_altered(layer) or is_watched() or (trained and torch.is_grad_enabled()):
+    altered = is_altered(layer) or any(GLOBAL_HOOKS) or is_watched()
+    if weight.dtype != x.dtype or altered or (trained and torch.is_grad_enabled()):
         return layer(x)
     hint_at_engine("16-bit")
     y = by_engine("linear", x.reshape(-1, x.shape[-1]).contiguous(), weight, None, 16, bias)
@@ -297,7 +297,7 @@ def decode_step(blocks: nn.ModuleList, final_norm, hidden: Tensor, rotary, visib
         and hidden.device.type == "cpu"
         and (ends is not None or isinstance(cache, GrowingCache))
     )
-    if not on_cpu or torch.is_grad_enabled() or is_watched() or engine() is None:
+    if not on_cpu or torch.is_grad_enabled() or is_watched() or any(GLOBAL_HOOKS) or engine() is None:
         return None
     network = described(blocks, final_norm, kinds)
     if network is None or network.heads * network.head_size != hidden.shape[2]:
@@ -320,12 +320,13 @@ def described(blocks: nn.ModuleList, final_norm: nn.Module, kinds: tuple[type, t
     """The network as the engine's `Network` wants it, tensors and numbers; None where calling the modules would do
     anything else than their classes say. Read at each step, so it takes no detours."""
     *networks, quantized = kinds
-    values, sizes = [], set()
+    norms, products, values, sizes = (nn.LayerNorm,), (nn.Linear, quantized), [], set()
 
     def add(kinds, *modules) -> None:
-        if any(type(module) not in kinds or is_altered(module) for module in modules):
-            raise TypeError
-        for kind, own, module in ((type(module), module._parameters, module) for module in modules):
+        for module in modules:
+            kind, own = type(module), module._parameters
+            if kind not in kinds or is_altered(module):
+                raise TypeError
             if kind is nn.LayerNorm:
                 values.extend((own["weight"], own["bias"], float(module.eps)))
             elif kind is nn.Linear:
@@ -339,11 +340,11 @@ def described(blocks: nn.ModuleList, final_norm: nn.Module, kinds: tuple[type, t
             add(networks, block, attention, mlp)
             sizes.add((attention.heads, attention.head_size))
             values.append(float(block.residual_scale))
-            add([nn.LayerNorm], block.input_layernorm)
-            add([nn.Linear, quantized], attention.query_key_value, attention.dense)
-            add([nn.LayerNorm], block.post_attention_layernorm)
-            add([nn.Linear, quantized], mlp.dense_h_to_4h, mlp.dense_4h_to_h)
-        add([nn.LayerNorm], final_norm)
+            add(norms, block.input_layernorm)
+            add(products, attention.query_key_value, attention.dense)
+            add(norms, block.post_attention_layernorm)
+            add(products, mlp.dense_h_to_4h, mlp.dense_4h_to_h)
+        add(norms, final_norm)
     except (AttributeError, KeyError, TypeError):  # a module of another kind
         return None
     return engine().Network(*sizes.pop(), values) if len(sizes) == 1 else None
