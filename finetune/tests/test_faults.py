@@ -16,21 +16,45 @@ def example(tokenizer, query="早上好", answer="早上好！"):
     return torch.tensor([prompt[:-1] + target]), torch.tensor([[IGNORED] * (len(prompt) - 1) + target])
 
 
+def backward(model, ids, labels, **options) -> None:
+    model.train()(ids, labels=labels, **options).loss.backward()
+
+
 def test_labels_of_the_answer_are_right_and_labels_of_the_context_are_told(load, tokenizer, said):
     model, (ids, labels) = load(), example(tokenizer)
-    model(ids, labels=labels)
-    model(ids, labels=torch.where(torch.arange(ids.shape[1]) == 0, ids, labels))  # the first label is for no token
+    backward(model, ids, labels)
+    backward(model, ids, torch.where(torch.arange(ids.shape[1]) == 0, ids, labels))  # the first label is for no token
     assert "labels before <sop>" not in said.text
-    model(ids, labels=ids)
+    backward(model, ids, ids)
     assert said.text.count("labels before <sop>") == 1 and "finetune/collators.py" in said.text
-    model(ids, labels=ids)
+    backward(model, ids, ids)
     assert said.text.count("labels before <sop>") == 1
+
+
+@pytest.mark.parametrize("at", [-2, -1, 0], ids=["before [gMASK]", "[gMASK]", "<sop>"])
+def test_one_label_is_judged_by_its_place(load, tokenizer, said, at):
+    """Also of a loss that somebody else computes from the hidden states."""
+    model, (ids, _) = load().train(), example(tokenizer)
+    place = ids[0].tolist().index(tokenizer.bos_token_id) + at
+    states = model.transformer(ids, use_cache=False).last_hidden_state
+    torch.nn.functional.cross_entropy(model.lm_head(states[:, place - 1]), ids[:, place]).backward()
+    assert ("labels before <sop>" in said.text) == (at < 0)
+
+
+def test_gradient_checkpointing_and_evaluation_are_told_the_same(load, tokenizer, said):
+    model, (ids, labels) = load(), example(tokenizer)
+    model.gradient_checkpointing_enable()
+    backward(model, ids, labels)
+    model.eval()(ids, labels=ids)  # whoever measures has no gradient
+    assert "labels before <sop>" not in said.text
+    backward(model, ids, ids)
+    assert "labels before <sop>" in said.text
 
 
 def test_labels_with_an_official_mask_are_the_callers_own_affair(load, tokenizer, said):
     model, (ids, _) = load(), example(tokenizer)
     causal = torch.ones(ids.shape[1], ids.shape[1]).triu(1).bool()[None, None]
-    model(ids, attention_mask=causal, labels=ids)
+    backward(model, ids, ids, attention_mask=causal)
     assert "labels before <sop>" not in said.text
 
 
