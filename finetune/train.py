@@ -31,7 +31,7 @@ from finetune.scores import answered, own_answers, share
 LEARNING_RATE = {"ptuning": 2e-2, "lora": 3e-4, "full": 1e-4}
 LARGEST_RATE = {"ptuning": 1e-1, "lora": 1e-2, "full": 3e-3}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
-REPORT, ARGUMENTS, REPLAYED = "report.json", "arguments.json", "replay.json"  # in --out
+REPORT, ARGUMENTS, REPLAYED, BEFORE = "report.json", "arguments.json", "replay.json", "before.json"  # in --out
 MAY_CHANGE = ("resume", "log_every", "save_every")  # between a run and its resumption
 
 
@@ -118,7 +118,9 @@ def tune(options: argparse.Namespace) -> dict:
     write_json(options.out / ARGUMENTS, settings_of(options))
     chat = conversations(options.check_chat, base, tokenizer, columns, sizes)
     replay = replayed(options, base, tokenizer, columns, sizes)
-    report = {"before": scores(base, tokenizer, exchanges, examples, chat, options)}
+    report = {
+        "before": once(options.out / BEFORE, lambda: scores(base, tokenizer, exchanges, examples, chat, options))
+    }
     if options.method == "ptuning":
         del base
         base, _ = load_base(options.model, options.bits, DTYPES[options.dtype], **prefix)
@@ -172,8 +174,18 @@ def settings_of(options: argparse.Namespace) -> dict:
 
 def write_json(path: Path, content) -> None:
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    partial.write_text(
+        json.dumps(content, ensure_ascii=False, indent=None if isinstance(content, list) else 2) + "\n",
+        encoding="utf-8",
+    )
     partial.replace(path)
+
+
+def once(path: Path, make):
+    """make(), kept in a file for a run that goes on."""
+    if not path.is_file():
+        write_json(path, make())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def conversations(path: Path | None, base, tokenizer, columns: Columns, sizes: Sizes) -> list[Example]:
@@ -190,16 +202,11 @@ def replayed(options: argparse.Namespace, base, tokenizer, columns: Columns, siz
     """N answers of the base model, made once: a resumed run reads them again."""
     if not options.replay:
         return []
-    path = options.out / REPLAYED
-    if path.is_file():
-        return [Example(*row) for row in json.loads(path.read_text(encoding="utf-8"))]
     asked = read_exchanges(options.replay_prompts or options.check_chat, tokenizer, columns, need_answers=False)
     if len(asked) < options.replay:
         raise ValueError(f"--replay {options.replay}: the file has {len(asked)} prompts")
-    print(f"asking the base model {options.replay} prompts for the replay", flush=True)
-    examples = own_answers(base, tokenizer, random.Random(options.seed).sample(asked, options.replay), sizes)
-    write_json(path, examples)
-    return examples
+    asked = random.Random(options.seed).sample(asked, options.replay)
+    return [Example(*row) for row in once(options.out / REPLAYED, lambda: own_answers(base, tokenizer, asked, sizes))]
 
 
 def scores(model, tokenizer, exchanges: list[Exchange], examples: list[Example], chat: list[Example], options) -> dict:
