@@ -59,7 +59,7 @@ from .quantization import (
     tied_head_keys,
 )
 
-LABELS_IN_CONTEXT = (
+LOSS_IN_CONTEXT = (
     "labels before <sop>: tokens of a GLM context read each other in both directions, so the model sees what it is "
     "to predict there and learns nothing from it; label the answer, from <sop> on, as the collators in "
     "finetune/collators.py of the ChatGLM-6B-Slim repository do"
@@ -488,6 +488,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             past = Past(cache, self._prefix_before(cache, hidden), hidden.shape[1], hidden.device)
             states, attentions = self._run_blocks(hidden, rotary, visible, past, attends)
             last = states[-1]
+        derived = input_ids is not None and getattr(attention_mask, "ndim", 2) == 2
+        if derived and last.requires_grad and not is_tracing() and not seen:
+            ends = first_index(input_ids == config.bos_token_id)
+            last.register_hook(functools.partial(warn_of_loss_in_context, ends))
         output = BaseModelOutputWithPast(
             last_hidden_state=last,
             **{CACHE_NAME: cache if use_cache else None},
@@ -664,8 +668,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         loss = None
         if labels is not None:
             loss = shifted_cross_entropy(logits, labels, kwargs.get("num_items_in_batch")).to(logits.dtype)
-            derived = input_ids is not None and given_cache(past_key_values, cache) is None
-            self._warn_of_vain_training(labels, input_ids if derived else None, attention_mask, loss)
+            self._warn_of_frozen(loss)
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -675,13 +678,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         )
         return as_asked(output, return_dict, self.config)
 
-    def _warn_of_vain_training(self, labels: Tensor, ids: Tensor | None, attention_mask: Tensor | None, loss) -> None:
-        """Of what runs without an error, and teaches nothing. ids: None where they are no whole text."""
-        if ids is not None and getattr(attention_mask, "ndim", 2) == 2 and not is_tracing():
-            index = torch.arange(1, labels.shape[1], device=labels.device)
-            in_context = index < first_index(ids == self.config.bos_token_id).to(labels.device)
-            if ((labels[:, 1:] != -100) & in_context).any():
-                warn_once(LABELS_IN_CONTEXT)
+    def _warn_of_frozen(self, loss: Tensor) -> None:
         if self.training and self.config.quantization_bit and torch.is_grad_enabled() and not loss.requires_grad:
             warn_once(
                 f"nothing of this INT{self.config.quantization_bit} model is trained: its layers are frozen. Add an "
@@ -787,6 +784,15 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
     # --- weights -------------------------------------------------------------------------------------------------
 
     to_huge_pages, quantize, dequantize = move_to_huge_pages, quantize_model, dequantize_model
+
+
+def warn_of_loss_in_context(context_length: Tensor, gradient: Tensor) -> None:
+    """Looks at the gradient [B, S, hidden] of the last hidden states, because TRL computes the loss by itself."""
+    index = torch.arange(gradient.shape[1], device=gradient.device)
+    if (
+        (gradient != 0).any(dim=-1) & (index < context_length.to(gradient.device) - 1)
+    ).any():  # index predicts the next
+        warn_once(LOSS_IN_CONTEXT)
 
 
 def as_asked(output, return_dict: bool | None, config: ChatGLMConfig):
