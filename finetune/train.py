@@ -25,6 +25,7 @@ from finetune.collators import ExampleCollator
 from finetune.curve import Curve
 from finetune.data import Columns, Example, Exchange, Sizes, encode_all, read_exchanges
 from finetune.methods import METHODS, fill_prefix, load_base, save_prefix, trainable
+from finetune.sampler import SimilarLengths
 from finetune.scores import answered, own_answers, share
 
 # Adam's steps have to shrink with the width: these are for 4,096 columns, as the official recipe has them for two.
@@ -39,6 +40,10 @@ class Tuner(Trainer):
     """transformers' Trainer, whose checkpoints of P-tuning hold the prefix alone, as the official ones do."""
 
     tunes_prefix = False
+
+    def _get_train_sampler(self, train_dataset=None) -> SimilarLengths:
+        lengths = [len(example.ids) for example in train_dataset or self.train_dataset]
+        return SimilarLengths(lengths, self.args.train_batch_size, self.args.seed)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.tunes_prefix:
