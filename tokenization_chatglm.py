@@ -69,12 +69,19 @@ def _text(value: Any, what: str) -> str:
     return value
 
 
+def _with_whole_text(message: Any) -> Any:
+    """A message whose text comes in parts, [{"type": "text", "text": …}], as pipelines and servers give it."""
+    parts = message.get("content") if isinstance(message, Mapping) else None
+    is_text = isinstance(parts, list) and all(isinstance(one, Mapping) and one.get("type") == "text" for one in parts)
+    return {**message, "content": "".join(_text(one.get("text"), "A part") for one in parts)} if is_text else message
+
+
 def _messages(conversation: Any) -> list[Any]:
     """The messages of (query, answer) pairs, the last answer of which may be None; messages as they are."""
     if not isinstance(conversation, (list, tuple)):
         raise ValueError(f"The history is {conversation!r}, not a list of (query, answer) pairs or of messages.")
     if not conversation or isinstance(conversation[0], Mapping):
-        return list(conversation)
+        return [_with_whole_text(message) for message in conversation]
     messages = []
     for i, pair in enumerate(conversation):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:

@@ -728,6 +728,39 @@ def test_text_generation_pipeline(by_path, talker, talker_model, base_tokenizer,
     assert case["decoded"] in pipe(case["query"], do_sample=False, max_length=128)[0]["generated_text"]
 
 
+def test_text_generation_pipeline_answers_messages_and_parts_as_chat_does(talker_model, base_tokenizer, cases):
+    needs(hasattr(base_tokenizer, "apply_chat_template"), "chat templates")
+    needs(hasattr(transformers.TextGenerationPipeline, "_default_generation_config"), "pipelines for chats")
+    pipe = transformers.pipeline("text-generation", model=talker_model, tokenizer=base_tokenizer)
+    case = cases["chat2d", "single0"]
+    for content in (case["query"], [{"type": "text", "text": case["query"]}]):
+        messages = pipe([{"role": "user", "content": content}], do_sample=False, max_new_tokens=64)[0][
+            "generated_text"
+        ]
+        assert messages[-1]["role"] == "assistant"
+        assert talker_model.process_response(messages[-1]["content"]) == case["response"]
+
+
+def test_the_streamers_of_transformers_show_the_text_of_the_answer(talker_model, base_tokenizer, cases, capsys):
+    needs(hasattr(transformers, "TextIteratorStreamer"), "streamers")
+    case = cases["chat2d", "single0"]
+    ids = torch.tensor([base_tokenizer.build_chat_input_ids(case["query"])])
+    whole = talker_model.generate(ids, do_sample=False, max_new_tokens=64)[0, ids.shape[1] :]
+    text = base_tokenizer.decode(whole, skip_special_tokens=True)
+    options = {"skip_prompt": True, "skip_special_tokens": True}
+    talker_model.generate(
+        ids, do_sample=False, max_new_tokens=64, streamer=transformers.TextStreamer(base_tokenizer, **options)
+    )
+    assert capsys.readouterr().out.rstrip("\n") == text
+    streamer = transformers.TextIteratorStreamer(base_tokenizer, timeout=120, **options)
+    arguments = {"do_sample": False, "max_new_tokens": 64, "streamer": streamer}
+    thread = threading.Thread(target=talker_model.generate, args=(ids,), kwargs=arguments)
+    thread.start()
+    pieces = list(streamer)
+    thread.join()
+    assert "".join(pieces) == text and len(pieces) > 3
+
+
 def test_chat_template_gives_the_ids_of_chat(base_tokenizer, cases):
     needs(hasattr(base_tokenizer, "apply_chat_template"), "chat templates")
     for name in ("single0", "multi0", "multi1"):

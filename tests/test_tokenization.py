@@ -468,7 +468,22 @@ def test_template_file_and_tokenizer_refuse_the_same_roles(tiny, roles):
         tiny.apply_chat_template(messages)
 
 
-@pytest.mark.parametrize("content", [None, ["x"], [{"type": "text", "text": "x"}], 3])
+def test_text_in_parts_is_the_text_of_the_parts(tiny):
+    def parts(*texts):
+        return [{"type": "text", "text": text} for text in texts]
+
+    told = [("system", ["be ", "brief"]), ("user", ["你", "好 <eop>"]), ("assistant", ["您好"]), ("user", ["再见"])]
+    whole = [{"role": role, "content": "".join(texts)} for role, texts in told]
+    in_parts = [{"role": role, "content": parts(*texts)} for role, texts in told]
+    for options in ({"add_generation_prompt": True}, {"add_generation_prompt": True, "tokenize": False}):
+        assert tiny.apply_chat_template(in_parts, **options) == tiny.apply_chat_template(whole, **options)
+    assert tiny.build_chat_input_ids("q", in_parts[:3]) == tiny.build_chat_input_ids("q", whole[:3])
+    for other in ([*parts("a"), {"type": "image", "url": "x"}], parts(5)):
+        with pytest.raises(ValueError, match="not a str"):
+            tiny.apply_chat_template([{"role": "user", "content": other}], add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("content", [None, ["x"], [{"type": "image", "url": "x"}], 3])
 def test_template_file_and_tokenizer_refuse_what_is_no_text(tiny, content):
     """Else the template, which would write it as Python does, would be taken for another one than the tokenizer's."""
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": content}]
