@@ -210,8 +210,15 @@ def load(path: Path, machine: dict) -> dict[str, list[str]]:
 
 def save(path: Path, machine: dict, routes: dict[str, list[str]]) -> None:
     """Whole or not at all; a directory that cannot be written is no error."""
-    with contextlib.suppress(OSError):
+    if not path.is_absolute():  # no home
+        return
+    name = None
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, encoding="utf-8", delete=False) as file:
+            name = file.name
             json.dump({"machine": machine, "routes": routes}, file, indent=1)
-        os.replace(file.name, path)
+        os.replace(name, path)
+    except OSError:
+        if name is not None:
+            Path(name).unlink(missing_ok=True)

@@ -161,6 +161,22 @@ def test_a_cache_directory_that_cannot_be_made_is_no_error(choosing, clock, monk
     assert ranked()[0] == "dense"
 
 
+def test_a_disk_that_fills_leaves_nothing_behind(choosing, clock, monkeypatch, tmp_path):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(measuring.json, "dump", full)
+    clock["dense"] = 0.5
+    assert ranked()[0] == "dense" and not list((tmp_path / "chatglm_cpu").iterdir())
+
+
+def test_without_a_home_nothing_is_written(choosing, clock, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    clock["dense"] = 0.5
+    assert ranked()[0] == "dense" and not list(tmp_path.iterdir())
+
+
 def test_other_threads_and_other_code_have_files_of_their_own(choosing, monkeypatch):
     files = {measuring.cache_file()}
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
