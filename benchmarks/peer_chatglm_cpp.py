@@ -3,8 +3,7 @@
     python benchmarks/peer_chatglm_cpp.py convert FOLDER FILE --type q4_0
     python benchmarks/peer_chatglm_cpp.py work FILE
 
-Needs `pip install chatglm-cpp==0.4.2` in the Python that runs it (with CMake 4 first
-`export CMAKE_ARGS=-DCMAKE_POLICY_VERSION_MINIMUM=3.5`); speed.py takes that Python as `--peer-python`.
+`peers.py chatglm.cpp` makes its environment, which sees ours (torch, safetensors) and needs a C++ compiler.
 The conversion is chatglm.cpp's own code, fed tensor by tensor, because its loader wants a whole model in float32.
 """
 
@@ -13,11 +12,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
 from machine import resident_memory
-from remote import DECODE_PROMPT, run_peer
+from remote import DECODE_PROMPT, run_peer, serve
 
 LENGTH = 2048  # tokens that its cache is made for
 HEAD, EMBEDDING = "lm_head.weight", "transformer.word_embeddings.weight"
@@ -36,7 +36,7 @@ class Worker:
         loaded = time.perf_counter() - start
         self.prefill(8)
         first = time.perf_counter() - start
-        self.started = {"load_seconds": loaded, "first_token_seconds": first}
+        self.started = {"load_seconds": loaded, "first_token_seconds": first, "version": version("chatglm-cpp")}
 
     def memory(self) -> dict:
         return resident_memory()
@@ -100,4 +100,4 @@ def convert(folder: Path, file: Path, ggml_type: str, layers: int | None = None)
 
 
 if __name__ == "__main__":
-    run_peer(__doc__, ("q4_0", "q4_1", "q8_0", "f16"), convert, Worker)
+    run_peer(__doc__, ("q4_0", "q4_1", "q8_0", "f16"), convert, lambda file: serve(lambda: Worker(file)))

@@ -3,18 +3,19 @@
     python benchmarks/peer_fastllm.py convert FOLDER FILE --type int4 [--layers N]
     python benchmarks/peer_fastllm.py work FILE
 
-Needs `pip install ftllm==1.9.0` beside torch and transformers in the Python that runs it; speed.py takes it as
-`--fastllm-python`. Its threads spin beside the one that calls it: with as many as there are cores they fight for them
-(two instead of one: 750 against 42 to 51 ms a token, 4 layers in INT4), so it gets one fewer.
+`peers.py fastllm` makes its environment, which sees ours (torch, transformers). Its threads spin beside the one that
+calls it: with as many as there are cores they fight for them (two instead of one: 750 against 42 to 51 ms a token, 4
+layers in INT4), so it gets one fewer.
 """
 
 from __future__ import annotations
 
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 from machine import cores, resident_memory
-from remote import run_peer
+from remote import run_peer, serve
 
 
 class Worker:
@@ -26,7 +27,8 @@ class Worker:
         self.model = llm.model(file)
         loaded = time.perf_counter() - start
         self.prefill(8)
-        self.started = {"load_seconds": loaded, "first_token_seconds": time.perf_counter() - start}
+        first = time.perf_counter() - start
+        self.started = {"load_seconds": loaded, "first_token_seconds": first, "version": version("ftllm")}
 
     def memory(self) -> dict:
         return resident_memory()
@@ -59,4 +61,4 @@ def convert(folder: Path, file: Path, kind: str, layers: int | None = None) -> N
 
 
 if __name__ == "__main__":
-    run_peer(__doc__, ("int4", "int8", "float16"), convert, Worker)
+    run_peer(__doc__, ("int4", "int8", "float16"), convert, lambda file: serve(lambda: Worker(file)))

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 DECODE_PROMPT = 128  # tokens of the prompt in a worker's `decode`; what comes behind counts as an answer
@@ -15,11 +16,14 @@ DECODE_PROMPT = 128  # tokens of the prompt in a worker's `decode`; what comes b
 class Remote:
     """Calls methods of a worker in another process: `remote("decode", context=128)`."""
 
-    def __init__(self, command: list[str], environment: dict[str, str] | None = None):
+    def __init__(self, command: list[str], environment: dict[str, str] | None = None, quiet: bool = False):
+        """quiet: what it writes to stderr is kept, and its last line told if it ends."""
+        self.errors = tempfile.TemporaryFile("w+", errors="replace") if quiet else None  # noqa: SIM115
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=self.errors,
             text=True,
             env={**os.environ, **(environment or {})},
         )
@@ -33,8 +37,14 @@ class Remote:
     def _answer(self):
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the worker ended with status {self.process.wait()}: {self.process.args}")
+            raise RuntimeError(f"the worker ended with status {self.process.wait()}: {self._last_words()}")
         return json.loads(line)
+
+    def _last_words(self) -> str:
+        if self.errors is None:
+            return " ".join(self.process.args)
+        self.errors.seek(0)
+        return "".join(self.errors.read().strip().splitlines()[-1:])
 
     def close(self) -> None:
         self.process.stdin.close()
@@ -63,7 +73,7 @@ def serve(make_worker) -> None:
         say(getattr(worker, arguments.pop("do"))(**arguments))
 
 
-def run_peer(description: str, types: tuple[str, ...], convert, make_worker) -> None:
+def run_peer(description: str, types: tuple[str, ...], convert, work) -> None:
     """The command line of a peer: `convert FOLDER FILE --type T [--layers N]`, and `work FILE`, which serves."""
     parser = argparse.ArgumentParser(description=description.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -75,7 +85,7 @@ def run_peer(description: str, types: tuple[str, ...], convert, make_worker) -> 
     commands.add_parser("work").add_argument("file")
     options = parser.parse_args()
     if options.command == "work":
-        serve(lambda: make_worker(options.file))
+        work(options.file)
         return
     partial = options.file.with_suffix(".partial")
     partial.parent.mkdir(parents=True, exist_ok=True)

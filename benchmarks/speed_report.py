@@ -42,6 +42,10 @@ class Figures:
         """Seconds a token."""
         return self.times(group, name, f"decode {context}", self.figures["layers"])
 
+    def batch(self, group: str, name: str | None, sequences: int) -> list[float]:
+        """Seconds a step of all sequences."""
+        return self.times(group, name, f"batch {sequences}", self.figures["layers"])
+
     def prefill(self, group: str, name: str | None, tokens: int) -> list[float]:
         return self.times(group, name, f"prefill {tokens}", self.figures["few"])
 
@@ -57,17 +61,15 @@ class Figures:
                 found |= {int(cell.split()[-1]) for cell in cells if f": {kind} " in cell}
         return sorted(found)
 
-    def peer(self, group: str) -> str | None:
-        return next((name for name in self.figures["groups"][group] if is_peer(name)), None)
+    def peers(self) -> list[tuple[str, str]]:
+        """(group, name) of all that ours are compared with."""
+        values = self.figures["values"]
+        pairs = [(group, name) for group, names in self.figures["groups"].items() for name in names if is_peer(name)]
+        return [(group, name) for group, name in pairs if values.get(group, {}).get(name)]
 
-    def peers(self) -> str:
-        """What ours are compared with, for the heads of columns."""
-        return ", ".join(
-            sorted({name.split()[0] for names in self.figures["groups"].values() for name in names if is_peer(name)})
-        )
-
-    def bytes(self, name: str, context: int) -> float:
-        return self.figures["bytes_per_token"][name] + context * self.figures["cache_bytes_per_token"]
+    def bytes(self, name: str, context: int) -> float | None:
+        weights = self.figures["bytes_per_token"][name]
+        return None if weights is None else weights + context * self.figures["cache_bytes_per_token"]
 
 
 def is_peer(name: str) -> bool:
@@ -100,20 +102,18 @@ def ratio(ours: list[float], others: list[float]) -> str:
 
 def decode_table(figures: Figures) -> str:
     contexts = [c for c in figures.cells("decode") if c != 100]
-    shown = [c for c in contexts if c in (128, 1024)]
-    head = ["decode", *(f"tokens/s at {c}" for c in contexts), *(f"/ {figures.peers()} at {c}" for c in shown)]
+    batches = figures.cells("batch")
+    head = ["decode", *(f"tokens/s at {c}" for c in contexts), *(f"{b} sequences together" for b in batches)]
     head += ["GB a token at 128", "read bandwidth GB/s", "share of it"]
     rows = []
-    for group, name in figures.models("decode"):
+    for group, name in dict.fromkeys(figures.models("decode") + figures.models("batch")):
         times = {c: figures.decode(group, name, c) for c in contexts}
-        peer = figures.peer(group)
-        against = {c: figures.decode(group, peer if peer != name else None, c) for c in shown}
         read, bandwidths = figures.bytes(name, 128), figures.bandwidth(group, name, 128)
-        share = middle(read / t / b for t, b in zip(times.get(128, []), bandwidths))
+        share = middle(read / t / b for t, b in zip(times.get(128, []), bandwidths) if read)
         rows.append(
             [name, *(rate(1, seconds) for seconds in times.values())]
-            + [ratio(times[c], others) for c, others in against.items()]
-            + [number(read / GB), number(middle(b / GB for b in bandwidths), 1)]
+            + [rate(b, figures.batch(group, name, b)) for b in batches]
+            + [number(read and read / GB), number(middle(b / GB for b in bandwidths), 1)]
             + ["–" if share is None else f"{share:.0%}"]
         )
     return table(head, rows)
@@ -121,17 +121,36 @@ def decode_table(figures: Figures) -> str:
 
 def prefill_table(figures: Figures) -> str:
     prompts, layers = figures.cells("prefill"), figures.figures["layers"]
-    head = ["prefill", *(f"tokens/s, {p} tokens" for p in prompts), *(f"/ {figures.peers()}, {p}" for p in prompts)]
-    head += ["all 28 layers, 128 tokens"] if layers >= LAYERS else []
+    scaled = layers >= LAYERS > figures.figures["few"]
+    head = ["prefill", *(f"tokens/s, {p} tokens" for p in prompts)] + ["all 28 layers, 128 tokens"] * scaled
     rows = []
     for group, name in figures.models("prefill"):
-        times = {p: figures.prefill(group, name, p) for p in prompts}
-        peer = figures.peer(group)
-        against = {p: figures.prefill(group, peer if peer != name else None, p) for p in prompts}
-        row = [name, *(rate(p, seconds, 1) for p, seconds in times.items())]
-        row += [ratio(times[p], others) for p, others in against.items()]
-        full = figures.times(group, name, "prefill 128", LAYERS)
-        rows.append(row + ([rate(128, full, 1)] if layers >= LAYERS else []))
+        row = [name, *(rate(p, figures.prefill(group, name, p), 1) for p in prompts)]
+        rows.append(row + [rate(128, figures.times(group, name, "prefill 128", LAYERS), 1)] * scaled)
+    return table(head, rows)
+
+
+def peer_table(figures: Figures, group: str, peer: str) -> str:
+    """How many times faster than this peer ours are, each cell the median over the rounds."""
+    kinds = {"decode": figures.decode, "batch": figures.batch, "prefill": figures.prefill}
+    cells = [(kind, c) for kind in kinds for c in figures.cells(kind) if kinds[kind](group, peer, c)]
+    layers = figures.figures["layers"]
+    head = [
+        f"times as fast as {peer}",
+        *(f"{kind} {c}" for kind, c in cells),
+        "first token, warm",
+        "cold",
+        "peak memory",
+    ]
+    rows = []
+    for name in (name for name in figures.figures["groups"][group] if not is_peer(name)):
+        row = [ratio(kinds[kind](group, name, c), kinds[kind](group, peer, c)) for kind, c in cells]
+        for how in ("warm", "cold"):
+            row.append(ratio(*(figures.runs(group, one, f"{layers}: {how} first token") for one in (name, peer))))
+        peaks = [figures.runs(group, one, f"{layers}: peak GB") for one in (name, peer)]
+        row.append(f"{max(peaks[0]) / max(peaks[1]):.2f} of its" if all(peaks) else "–")
+        if set(row) != {"–"}:
+            rows.append([name, *row])
     return table(head, rows)
 
 
@@ -153,7 +172,7 @@ def context_table(figures: Figures) -> str:
 def load_table(figures: Figures) -> str:
     layers = figures.figures["layers"]
     head = ["load", "s to first token, cold", "reading the files, cold", "ratio"]
-    head += ["s to first token, warm", "reading, warm", "ratio", "peak memory GB"]
+    head += ["s to first token, warm", "reading, warm", "ratio", "peak memory until then, GB"]
     rows = []
     for group, name in figures.models("peak"):
         row = [name]
@@ -168,20 +187,25 @@ def load_table(figures: Figures) -> str:
 
 def markdown(figures: Figures) -> str:
     data = figures.figures
-    where, load = data["machine"], data["load_average"]
+    where, load = data["machine"], data["load"] or [0.0]
     runs = max(len(runs) for models in data["values"].values() for cells in models.values() for runs in cells.values())
     scaled = f"decode and memory with {data['layers']} layers; prefill with {data['few']}"
+    notes = [f"{name}: {version}" for name, version in data["versions"].items()]
+    notes += [f"{name} is left out: {error}" for name, error in data["failed"].items()]
     return "\n\n".join(
         [
-            f"`{data['command']}`",
+            "\n".join(f"    {command}" for command in data["commands"]),
             f"{where['processor']}, {where['threads']} threads, {where['memory_gib']} GiB, torch {where['torch']}, "
             f"{where['system']}. {scaled}; times of fewer than 28 layers are scaled. Medians of up to {runs} rounds; "
             "ratios and shares are medians of what stood side by side in each; "
-            f"load average {load[0]:.1f} to {load[2]:.1f}, median {load[1]:.1f}; {data['seconds'] / 60:.0f} minutes.",
+            f"load average {min(load):.1f} to {max(load):.1f}, median {median(load):.1f}; "
+            f"{data['seconds'] / 60:.0f} minutes.",
+            *["\n".join(f"* {note}" for note in notes)] * bool(notes),
             decode_table(figures),
             context_table(figures),
             prefill_table(figures),
             load_table(figures),
+            *(peer_table(figures, group, peer) for group, peer in figures.peers()),
         ]
     )
 

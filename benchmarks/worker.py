@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from pathlib import Path
 
 START = time.perf_counter()
 
@@ -26,6 +27,10 @@ from transformers import (  # noqa: E402
 )
 from transformers.utils import logging  # noqa: E402
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from package import find_engine  # noqa: E402
+
+find_engine()
 IMPORTED = time.perf_counter() - START
 
 
@@ -74,13 +79,13 @@ class Worker:
         text = torch.randint(100, 100000, (1, tokens - 2), generator=torch.Generator().manual_seed(tokens))
         return torch.cat((text, torch.tensor([[config.gmask_token_id, config.bos_token_id]])), dim=1)
 
-    def generate(self, ids: torch.Tensor, new_tokens: int, **arguments):
+    def generate(self, ids: torch.Tensor, new_tokens: int, attention_mask: torch.Tensor | None = None, **arguments):
         """The output of `generate` and the seconds of each new token."""
         clock = Clock()
         start = time.perf_counter()
         output = self.model.generate(
             input_ids=ids,
-            attention_mask=torch.ones_like(ids),
+            attention_mask=torch.ones_like(ids) if attention_mask is None else attention_mask,
             max_new_tokens=new_tokens,
             do_sample=False,
             return_dict_in_generate=True,
@@ -100,6 +105,16 @@ class Worker:
         cache = self.filled_cache(context)
         _, seconds = self.generate(ids, steps + 1, past_key_values=cache)
         return {"seconds": seconds[1:]}  # the first pays for setting generate up
+
+    def batch(self, lengths: list[int], steps: int) -> dict:
+        """Seconds of each of `steps` tokens of all sequences, which stand behind so many tokens, padded in front."""
+        ids = torch.full((len(lengths), max(lengths)), self.model.config.pad_token_id)
+        for row, length in enumerate(lengths):
+            ids[row, -length:] = self.prompt(length)[0]
+        mask = (torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]).long()
+        pad = self.model.config.pad_token_id
+        _, seconds = self.generate(ids, steps + 2, attention_mask=mask, pad_token_id=pad)
+        return {"seconds": seconds[2:]}
 
     def filled_cache(self, context: int):
         """A cache of `context` tokens; the answer's keys and values are copies of the prompt's: their numbers do not
