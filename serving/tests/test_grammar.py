@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
 
@@ -111,14 +110,14 @@ def test_a_schema_of_many_levels_is_refused(compile):
         compile(schema)
 
 
-def test_costly_patterns_cost_little(compile):
+def test_costly_schemas_are_begun_at_once(compile):
+    """One that is unrolled, or followed to its end, would take hours or the machine's memory."""
     import torch
 
-    started = time.process_time()
     for pattern in ("^(a+)+$", "(.*a){50}", "(a|b|ab|ba){1,5000}c"):
-        compile({"type": "string", "pattern": pattern})().mask(torch.zeros(1952))
-    compile({"type": "string", "maxLength": 10**6})().mask(torch.zeros(1952))
-    assert time.process_time() - started < 30  # one that is followed to its end takes hours
+        assert compile({"type": "string", "pattern": pattern})().mask(torch.zeros(1952)).isfinite().any()
+    for schema in ({"type": "string", "maxLength": 10**6}, {"type": "array", "items": WHOLE, "minItems": 10**5}):
+        assert compile(schema)().mask(torch.zeros(1952)).isfinite().any()
 
 
 def test_a_schema_cannot_loosen_the_form(tiny, compile):
