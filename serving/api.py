@@ -185,6 +185,11 @@ def keys_in(path: Path | None) -> list[str]:
     return keys
 
 
+def hosts_of(options: argparse.Namespace) -> list[str]:
+    """The names that the server may be called by; none: any."""
+    return [*LOOPBACK, *options.allow_host] if options.host in LOOPBACK else options.allow_host
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
@@ -195,12 +200,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"cannot serve {options.model}: {error}", file=sys.stderr)
         return 1
     service = Service(tokenizer, model, settings_of(options, model.config))
-    hosts = [*LOOPBACK, *options.allow_host] if options.host in LOOPBACK else options.allow_host
     if options.host not in LOOPBACK and not keys:
         logging.warning("whoever reaches %s may use this server: give it an --api-key-file", options.host)
-    config = uvicorn.Config(
-        make_app(service, keys, hosts), options.host, options.port, timeout_graceful_shutdown=options.grace + 5
-    )
+    app = make_app(service, keys, hosts_of(options))
+    config = uvicorn.Config(app, options.host, options.port, timeout_graceful_shutdown=options.grace + 5)
     Server(config, service, options.grace).run()
     return 0
 

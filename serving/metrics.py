@@ -8,7 +8,9 @@ SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
 class Metrics:
-    def __init__(self, scheduler):
+    """Of a scheduler and its batch; without one, of requests alone."""
+
+    def __init__(self, scheduler=None):
         registry = self.registry = CollectorRegistry()
         self.requests = Counter(
             "chatglm_requests", "Requests by path and status", ["path", "status"], registry=registry
@@ -22,7 +24,10 @@ class Metrics:
         self.answer = Histogram(
             "chatglm_answer_seconds", "From a request to its last token", buckets=SECONDS, registry=registry
         )
-        batch = scheduler.batch
+        if scheduler is not None:
+            self._watch(scheduler, scheduler.batch)
+
+    def _watch(self, scheduler, batch) -> None:
         for name, text, read in (
             ("rows", "Answers that are running", lambda: len(batch.running)),
             ("waiting", "Requests in the queue", lambda: scheduler.waiting),
@@ -30,7 +35,7 @@ class Metrics:
             ("prompts_computed", "Prompts that were computed", lambda: batch.prompts_computed),
             ("prompts_reused", "Prompts whose keys were known", lambda: batch.prompts_reused),
         ):
-            Gauge(f"chatglm_{name}", text, registry=registry).set_function(read)
+            Gauge(f"chatglm_{name}", text, registry=self.registry).set_function(read)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
