@@ -789,9 +789,8 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
 def warn_of_loss_in_context(context_length: Tensor, gradient: Tensor) -> None:
     """Looks at the gradient [B, S, hidden] of the last hidden states, because TRL computes the loss by itself."""
     index = torch.arange(gradient.shape[1], device=gradient.device)
-    if (
-        (gradient != 0).any(dim=-1) & (index < context_length.to(gradient.device) - 1)
-    ).any():  # index predicts the next
+    is_used = (gradient.abs() > 0).any(dim=-1)  # to predict the next token; not where all is NaN
+    if (is_used & (index < context_length.to(gradient.device) - 1)).any():
         warn_once(LOSS_IN_CONTEXT)
 
 

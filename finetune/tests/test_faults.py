@@ -41,6 +41,13 @@ def test_one_label_is_judged_by_its_place(load, tokenizer, said, at):
     assert ("labels before <sop>" in said.text) == (at < 0)
 
 
+def test_a_loss_of_nan_is_not_blamed_on_the_labels(load, tokenizer, said):
+    """Then every gradient is NaN, also where no label is."""
+    ids, labels = example(tokenizer)
+    (load().train()(ids, labels=labels).loss * float("nan")).backward()
+    assert "labels before <sop>" not in said.text
+
+
 def test_gradient_checkpointing_and_evaluation_are_told_the_same(load, tokenizer, said):
     model, (ids, labels) = load(), example(tokenizer)
     model.gradient_checkpointing_enable()
