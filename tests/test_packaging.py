@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -95,6 +96,18 @@ def test_chat_variables_reach_the_program():
     command = ["make", "-n", "chat", "MODEL=some/model", "DTYPE=bfloat16", "DEVICE=cuda:1", "ARGS=--bits 4"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert 'cli_chat.py --model "some/model" --dtype bfloat16 --device cuda:1 --bits 4' in done.stdout
+
+
+def test_the_notebook_runs_from_top_to_bottom(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT / "examples")
+    cells = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
+    variables: dict = {}
+    for cell in cells:
+        assert not cell.get("outputs"), "outputs are not kept"
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), "quickstart.ipynb", "exec"), variables)
+    shown = capsys.readouterr().out
+    assert "清华大学在北京市海淀区" in shown and shown.count("很高兴见到你！\n") >= 2
 
 
 def test_python_examples_of_the_readme_run(monkeypatch, capsys):
