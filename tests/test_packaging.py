@@ -42,6 +42,7 @@ def test_pinned_versions_lie_in_the_declared_ranges():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     of_extras = {"dev": "requirements-dev", "finetune": "finetune/requirements"}
+    of_extras["evaluate"] = "finetune/requirements-evaluate"
     of_extras.update(chat="serving/requirements-chat", web="serving/requirements-web", server="serving/requirements")
     files = [(project["dependencies"], "requirements.txt")]
     for declared, file in files + [(extras[name], f"{file}.txt") for name, file in of_extras.items()]:
