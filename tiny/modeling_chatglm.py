@@ -703,6 +703,11 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
                 f"guidance_scale = {guidance}: a GLM says nothing without a prompt; give the ids of one, which "
                 "ends with [gMASK] <sop>, as negative_prompt_ids"
             )
+        if any(getattr(one, "sequence", None) == "" for one in kwargs.get("stopping_criteria") or ()):
+            raise ValueError(
+                "stopping_criteria wait for an empty text, as <eop> prints, and would end every answer at once: in "
+                "lm-evaluation-harness take the model `chatglm` of finetune/harness.py, not `hf`"
+            )
         prompt = kwargs.get("input_ids") if inputs is None else inputs
         if prompt is not None:
             self._without_official_forms(prompt, kwargs)
