@@ -137,6 +137,10 @@ class ChatGLMConfig(PretrainedConfig):
                 plan[f"layers.*.{part}.{join}.weight_scale"] = "replicate"
         return plan if self.head_bits else {**plan, "word_embeddings": "embedding_rowwise"}
 
+    @base_model_tp_plan.setter
+    def base_model_tp_plan(self, plan: dict[str, str]) -> None:
+        """Nothing: versions before 5.23 add the embedding of tied models, by a name that others give it."""
+
     def check_processes(self, processes: int) -> None:
         """ValueError where that many cannot have equal parts of each layer."""
         group = self.quantization_group_size or 1
