@@ -40,6 +40,13 @@ class Watch:
         self.last = None if waited is None else (now, waited)
 
 
+def is_crowded(waited: float | None, began: float, threads: int) -> bool:
+    """Whether `threads` threads had to wait for cores, since `seconds_waited()` was this at that `perf_counter()`."""
+    now = seconds_waited()
+    known = waited is not None and now is not None
+    return known and now - waited > SHARE * threads * (time.perf_counter() - began)
+
+
 def seconds_waited() -> float | None:
     """How long all threads of this process together could have run and had no core; None where it is not counted."""
     waited = 0

@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from chatglm_cpu import instruction_set, kernels, linear, measuring, routes
+from chatglm_cpu import crowding, instruction_set, kernels, linear, measuring, routes
 from chatglm_cpu.kernels import activations_as_int8
 from test_kernels import DTYPES, ROUNDING, make_weight, make_x
 
@@ -133,6 +133,15 @@ def test_what_was_chosen_is_remembered_by_the_next_process(choosing, clock):
     assert ranked()[0] == "dense"
     choosing("measure")
     assert ranked()[0] == "gemm"
+
+
+def test_what_was_chosen_while_other_work_held_the_cores_is_not_remembered(choosing, clock, monkeypatch):
+    waited = iter([0.0, 1e9])
+    monkeypatch.setattr(measuring, "seconds_waited", lambda: next(waited))
+    monkeypatch.setattr(crowding, "seconds_waited", lambda: next(waited))
+    clock["dense"] = 0.5
+    assert ranked()[0] == "dense"
+    assert not measuring.cache_file().exists()
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"machine": 3}', '{"routes": {}}', "machine", "names", "\udcff"])
