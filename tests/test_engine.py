@@ -94,7 +94,7 @@ def state():
     return (dict(os.environ), torch.get_default_dtype(), torch.get_num_threads(), torch.get_num_interop_threads(),
             torch.get_default_device(), torch.get_float32_matmul_precision(), torch.random.get_rng_state().tolist(),
             torch.backends.mkldnn.enabled, list(sys.path), os.getcwd())
-import transformers.modeling_utils, transformers.generation, transformers.utils.logging
+import transformers.modeling_utils, transformers.utils.logging
 before = state()
 import chatglm_slim.modeling_chatglm, chatglm_slim.tokenization_chatglm
 assert state() == before
