@@ -44,7 +44,8 @@ def numbers_of(model, tokenizer) -> dict[str, torch.Tensor]:
     ids = torch.tensor(IDS)
     labels = torch.where(torch.arange(ids.shape[1]) < 5, -100, ids)
     given = model.get_input_embeddings()(ids).detach().requires_grad_()
-    model(inputs_embeds=given, labels=labels).loss.backward()
+    places = {"position_ids": model.get_position_ids(ids, [3], "cpu"), "attention_mask": model.get_masks(ids, "cpu")}
+    model(inputs_embeds=given, labels=labels, **places).loss.backward()
     found["gradient of the embeddings"] = given.grad
     for name, own in model.named_parameters():
         if own.grad is not None and ("layers.0." in name or "layers.3." in name):
