@@ -19,9 +19,8 @@ class Terminal:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell ignores for its background jobs
-            os.environ.update(
-                TERM="xterm-256color", LANG="C.UTF-8", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", **environment
-            )
+            usual = {"TERM": "xterm-256color", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+            os.environ.update({**usual, **environment})
             os.execv(argv[0], argv)
         self.seen = ""
         self.raw = b""
