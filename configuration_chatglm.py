@@ -17,6 +17,8 @@ from transformers.configuration_utils import PretrainedConfig
 
 logger = logging.getLogger(__name__)
 
+# 5.23. Versions before it lack ways to split that the plan names, or rename what it says of a tied embedding.
+HAS_TENSOR_PARALLELISM = hasattr(PretrainedConfig, "extra_files")
 CODE_VERSION = "2.0.0"  # of all code files of a folder; written into its config.json as `code_version`
 IMAGE_TOKENS = 20000  # rows that the first release reserved in front of every text token
 MASK, GMASK, SOP, EOP, PAD = 130000, 130001, 130004, 130005, 3  # ids in the released slim vocabulary
@@ -125,8 +127,10 @@ class ChatGLMConfig(PretrainedConfig):
         return self.quantization_group_size if self.head_bits == 4 else 0
 
     @property
-    def base_model_tp_plan(self) -> dict[str, str]:
-        """How transformers splits the network over processes (5.23): by heads, and by inner columns."""
+    def base_model_tp_plan(self) -> dict[str, str] | None:
+        """How transformers splits the network over processes: by heads, and by inner columns."""
+        if not HAS_TENSOR_PARALLELISM:
+            return None
         plan = {}
         for part, split, join in (
             ("attention", "query_key_value", "dense"),
@@ -136,10 +140,6 @@ class ChatGLMConfig(PretrainedConfig):
             if self.quantization_bit and not self.quantization_group_size:  # each process needs the scale of a row
                 plan[f"layers.*.{part}.{join}.weight_scale"] = "replicate"
         return plan if self.head_bits else {**plan, "word_embeddings": "embedding_rowwise"}
-
-    @base_model_tp_plan.setter
-    def base_model_tp_plan(self, plan: dict[str, str]) -> None:
-        """Nothing: versions before 5.23 add the embedding of tied models, by a name that others give it."""
 
     def check_processes(self, processes: int) -> None:
         """ValueError where that many cannot have equal parts of each layer."""

@@ -6,7 +6,7 @@ itself runs in (through a `.pth` file), and holds only what its transformers ver
     nox -s ladder            all rungs, two at a time, then the table
     nox -s rung-4.26.1       one rung
     nox -s table             the table of the last runs, in Markdown
-    nox -s canary            every test on the newest transformers, PyTorch, PEFT and accelerate that pip finds
+    nox -s canary            every test of tests/ on the newest transformers, PyTorch, PEFT, accelerate
     nox -s signatures        a type checker on the signatures of the package's files, a part of `make lint`
 """
 

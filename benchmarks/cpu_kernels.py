@@ -9,7 +9,7 @@ A time is the sum over the four matrices of a layer (201 million weights) of the
 the time of reading the same bytes, in the same run, over the time of the product. Candidates that are far slower than
 the rest run once. Needs 3 GB of memory. `--attention` measures the attention of a layer over prompts instead.
 
-`--sweep` (80 s for all rows) times what the engine has chosen for each format and number of rows, every other way that
+`--sweep` times what the engine has chosen for each format and number of rows, every other way that
 it knows, and PyTorch's product with bfloat16 weights, each with its weight read from memory: of query_key_value below
 MANY_ROWS rows, of dense from there on. It names what is more than 10 % slower than its best way, and products with
 quantized weights that take more than 1.5 times as long as those with bfloat16 ones, both after a second look.

@@ -1,7 +1,7 @@
 """Speed and memory of the full-size model in 16 bit, INT8 and INT4, side by side with other engines.
 
-    python benchmarks/speed.py                  decode with all 28 layers, prefill from 4 (15 minutes)
-    python benchmarks/speed.py --layers 4       everything scaled from 4 layers and 1 (3 minutes a group)
+    python benchmarks/speed.py                  decode with all 28 layers, prefill from 4
+    python benchmarks/speed.py --layers 4       everything scaled from 4 layers and 1
     python benchmarks/speed.py --peers llama.cpp openvino
                                                 beside these engines, which `peers.py NAME ...` installs once
     python benchmarks/speed.py --add ...        more rounds, or other cells, into the figures of the last run

@@ -113,8 +113,10 @@ def of_messages(messages: Any, line: int) -> Iterator[Exchange]:
 
 
 def of_dialogue(rounds: Any, line: int) -> Iterator[Exchange]:
-    if not isinstance(rounds, list) or not all(isinstance(one, dict) and one.get("ask") for one in rounds):
-        raise ValueError("'rounds' is no list of objects with 'ask' and 'answer'")
+    if not isinstance(rounds, list) or not all(
+        isinstance(one, dict) and isinstance(one.get("ask"), list) and one["ask"] for one in rounds
+    ):
+        raise ValueError("'rounds' is no list of objects with 'ask', a list of prompts, and 'answer'")
     for index, one in enumerate(rounds):
         history = [(earlier["ask"][0], earlier.get("answer")) for earlier in rounds[:index]]
         for query in one["ask"]:

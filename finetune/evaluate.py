@@ -4,7 +4,7 @@
     python finetune/evaluate.py --model original slim --bits 0 4 --data my.jsonl --tasks cmmlu --limit 100
     python finetune/evaluate.py --model chatglm-6b-slim --tuned my-lora --data my.jsonl
 
-README.md beside this file says what the columns are.
+docs/evaluation.md says what the columns are.
 """
 
 from __future__ import annotations

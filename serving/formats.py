@@ -95,9 +95,11 @@ class CompletionFormat(Format):
     def logprobs(self, tokens, offset: int) -> dict:
         tokens, text_of = self.shown(tokens), self.service.text_of
         texts, offsets = [text_of(token.id) for token in tokens], []
+        blank = offset == 0  # SentencePiece's before a text, which is no part of it
         for text in texts:
             offsets.append(offset)
-            offset += len(text)
+            offset += len(text) - (blank and text.startswith(" "))
+            blank = False
         return {
             "tokens": texts,
             "token_logprobs": [token.logprob for token in tokens],

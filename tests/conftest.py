@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("CHATGLM_CPU_ROUTES", "default")  # nothing is timed, nor written to the user's cache
 ROOT = Path(__file__).resolve().parents[1]
 
 # The files import each other relatively, as the Hub wants it; whatever the clone's folder is called, tests say

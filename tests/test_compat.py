@@ -35,7 +35,13 @@ from package import copy_package
 ROOT = Path(__file__).resolve().parents[1]
 ENTRY_FILES = ("modeling_chatglm.py", "tokenization_chatglm.py")
 
-torch.set_num_threads(1)
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def relative_imports(name: str) -> set[str]:

@@ -665,6 +665,7 @@ def test_a_wrong_kernel_is_replaced_by_the_plain_network(monkeypatch, served):
 
 @torch.no_grad()
 def test_programs_go_with_their_models(served):
+    gc.collect()  # models of other tests
     before = len(program._programs)
     model = make_model()
     steps(model)

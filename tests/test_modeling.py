@@ -488,6 +488,28 @@ def test_decode_step_compiles_without_a_graph_break(model):
         assert_equals_one_pass(model, step(**inputs).logits, [index])
 
 
+@torch.no_grad()
+def test_rows_that_a_caller_chooses_of_a_cache_keep_their_places(model):
+    """Of a prompt and a shorter, padded one, whose contexts end elsewhere."""
+    batch = torch.stack((IDS[0], torch.cat((torch.full((2,), model.config.pad_token_id), IDS[0, 2:]))))
+    new = torch.tensor([[7], [9], [11], [12]])
+
+    def continued(order, change):
+        cache = model(batch, use_cache=True).past_key_values
+        getattr(cache, change[0])(change[1])
+        fresh = model(batch[order], use_cache=True).past_key_values
+        rows = new[: len(order)]
+        return [model(rows, past_key_values=one).logits for one in (cache, fresh)]
+
+    changes = [([1, 0], ("reorder_cache", torch.tensor([1, 0])))]
+    if hasattr(GrowingCache, "batch_select_indices"):
+        changes += [([1], ("batch_select_indices", torch.tensor([1]))), ([0, 0, 1, 1], ("batch_repeat_interleave", 2))]
+    for order, change in changes:
+        found, expected = continued(order, change)
+        bound = roundings(model.config) * torch.finfo(found.dtype).eps * expected.abs().max()
+        assert (found - expected).abs().max() <= bound
+
+
 def test_growing_cache_writes_in_place_and_survives_cropping_and_reordering():
     cache, parts = GrowingCache(), []
     pointers = set()

@@ -127,6 +127,25 @@ class GrowingCache(DynamicCache):
             layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
         return keys, values
 
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._choose_rows(beam_idx)
+
+    if hasattr(DynamicCache, "batch_select_indices"):  # 4.42
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            super().batch_select_indices(indices)
+            self._choose_rows(indices)
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            super().batch_repeat_interleave(repeats)
+            if self.geometry is not None:
+                self._choose_rows(torch.arange(len(self.geometry[0])).repeat_interleave(repeats))
+
+    def _choose_rows(self, index: Tensor) -> None:
+        if self.geometry is not None:
+            self.geometry = type(self.geometry)(*(rows[index.to(rows.device)] for rows in self.geometry))
+
     if hasattr(DynamicCache, "crop"):  # 4.42
 
         def crop(self, *args, **kwargs):
@@ -331,6 +350,15 @@ class VersionedModel(PreTrainedModel):
             is_tied = model.config.tie_word_embeddings
             cls._keys_to_ignore_on_load_missing = [r"^lm_head\."] if is_tied else None
             return super()._load_pretrained_model(model, *args, **kwargs)
+
+    if hasattr(PreTrainedModel, "mark_tied_weights_as_initialized"):  # 5.0
+
+        def mark_tied_weights_as_initialized(self, *info):
+            """Without this 5.3 forgets that a tied head is missing from the files, and fills it at random."""
+            missing = set(info[0].missing_keys) if info else set()
+            super().mark_tied_weights_as_initialized(*info)
+            if info:
+                info[0].missing_keys |= missing & set(self.all_tied_weights_keys)
 
     def freeze(self) -> None:
         """Takes the gradient from parameters that are not to be trained."""

@@ -47,7 +47,7 @@ from .compat import (
     take_back,
     warn_of_other_code,
 )
-from .configuration_chatglm import ChatGLMConfig, warn_once
+from .configuration_chatglm import HAS_TENSOR_PARALLELISM, ChatGLMConfig, warn_once
 from .cuda_kernels import linear as cuda_linear  # noqa: F401
 from .kernel_routes import attention, decode_step, gelu, linear, move_to_huge_pages
 from .quantization import (
@@ -596,7 +596,8 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
 
     # A dict for transformers 5; iterates over its keys like the list that 4.x expects.
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}  # as the embedding, which may have the same weight
+    # as the embedding, which may have the same weight
+    _tp_plan = {"lm_head": "colwise_gather_output"} if HAS_TENSOR_PARALLELISM else None
 
     def __init__(self, config: ChatGLMConfig, *args, **kwargs):
         config = copy.deepcopy(config)  # quantize() changes it: a model owns its configuration
@@ -609,7 +610,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         else:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-        if config.head_bits:
+        if config.head_bits and self._tp_plan:
             self._tp_plan = {name: way for name, way in self._tp_plan.items() if name != "lm_head"}
         self.freeze()
 

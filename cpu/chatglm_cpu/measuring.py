@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +36,7 @@ from .ir import BLOCK_ROWS
 from .kernels import activations_as_int8, flush, plain_weight
 from .runtime import instruction_set, noise
 
+WORDS, WAYS = {"default", "measure", "list"}, ("gemv", "gemm", "dense", "int8pack", "torch")
 ROUNDS = 5  # of all ways in turn; the first one compiles, checks and warms up, of the others the fastest counts
 SECONDS = 0.08  # after which no further round begins
 LEAD = 0.05  # the default stays unless another is faster by this share
@@ -106,7 +108,13 @@ def _shown(problem: Problem, names: list[str], why: str, words: set[str]) -> lis
 def settings() -> tuple[set[str], dict[str, str]]:
     """The single words of CHATGLM_CPU_ROUTES, and its choices by the kind of product."""
     parts = [part.strip() for part in os.environ.get("CHATGLM_CPU_ROUTES", "").split(",")]
-    return {part for part in parts if "=" not in part}, dict(part.split("=", 1) for part in parts if "=" in part)
+    words = {part for part in parts if part and "=" not in part}
+    unknown = sorted(word for word in words - WORDS if word.partition("-")[0] not in WAYS)
+    if unknown:
+        warnings.warn(
+            f"CHATGLM_CPU_ROUTES: {', '.join(unknown)} is neither {', '.join(sorted(WORDS))} nor a way", stacklevel=2
+        )
+    return words, dict(part.split("=", 1) for part in parts if "=" in part)
 
 
 # ---------------------------------------------------------------------------------------------- timing
@@ -115,10 +123,8 @@ def settings() -> tuple[set[str], dict[str, str]]:
 def measure(problem: Problem, names: list[str], compute: Compute) -> dict[str, float]:
     """name -> seconds for a sample of the weight, of all that serve and compute right."""
     weight, scale = _sample(problem)
-    x = noise(min(problem.rows, 16), _columns(problem), dtype=problem.dtype)
-    x = x.repeat(-(-problem.rows // 16), 1)[: problem.rows] if problem.rows > 16 else x
+    x = noise(16, _columns(problem), dtype=problem.dtype).repeat(-(-problem.rows // 16), 1)[: problem.rows]
     times: dict[str, float] = {}
-    end = None
     with torch.inference_mode():
         for name in names:
             y = compute(name, x, weight, scale, problem.bits, None)

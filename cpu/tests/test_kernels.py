@@ -483,6 +483,7 @@ def test_activations_that_want_gradients_are_only_read():
         assert_close(y, x.detach(), exact)
 
 
+@needs_kernels
 def test_the_examples_in_the_docstrings_hold():
     results = doctest.testmod(routes)
     assert results.attempted and not results.failed
@@ -503,4 +504,4 @@ def test_importing_compiles_and_looks_up_nothing():
         "assert 'llvmlite' not in sys.modules and not runtime._machine and not runtime._compiled"
     )
     root = kernels.__file__.rpartition("/")[0]
-    subprocess.run([sys.executable, "-c", code, root], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code, root], check=True, timeout=600)

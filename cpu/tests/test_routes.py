@@ -135,6 +135,12 @@ def test_what_was_chosen_is_remembered_by_the_next_process(choosing, clock):
     assert ranked()[0] == "gemm"
 
 
+def test_a_word_that_nobody_knows_is_told(choosing):
+    choosing("list, defualt")
+    with pytest.warns(UserWarning, match="defualt is neither default, list, measure nor a way"):
+        measuring.settings()
+
+
 def test_what_was_chosen_while_other_work_held_the_cores_is_not_remembered(choosing, clock, monkeypatch):
     waited = iter([0.0, 1e9])
     monkeypatch.setattr(measuring, "seconds_waited", lambda: next(waited))
@@ -187,8 +193,8 @@ def test_without_a_home_nothing_is_written(choosing, clock, monkeypatch, tmp_pat
 
 
 def test_other_threads_and_other_code_have_files_of_their_own(choosing, monkeypatch):
-    files = {measuring.cache_file()}
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    files, more = {measuring.cache_file()}, torch.get_num_threads() + 1
+    monkeypatch.setattr(torch, "get_num_threads", lambda: more)
     files.add(measuring.cache_file())
     monkeypatch.setattr(measuring, "own_version", lambda: "later")
     files.add(measuring.cache_file())
@@ -201,8 +207,9 @@ def test_the_environment_fixes_the_choice_and_a_run_can_be_repeated(choosing, cl
     choosing("int8:bfloat16:8=gemm")
     assert ranked()[0] == "gemm" and ranked(rows=16)[0] == routes.candidates(16, torch.bfloat16, 8)[0]
     choosing("default")
+    files = {path: path.read_bytes() for path in (tmp_path / "chatglm_cpu").glob("*")}
     assert ranked()[0] == routes.candidates(8, torch.bfloat16, 8)[0]
-    assert not list((tmp_path / "chatglm_cpu").glob("*")) or "default" not in measuring.cache_file().read_text()
+    assert {path: path.read_bytes() for path in (tmp_path / "chatglm_cpu").glob("*")} == files
     clock["dense"] = 0.5
     choosing("measure")
     ranked()

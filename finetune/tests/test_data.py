@@ -62,6 +62,7 @@ BAD = {
     '{"messages": [{"role": "user", "content": "a"}]}': "line 2: the response is None, no text",
     '{"messages": [{"role": "assistant", "content": "a"}, {"role": "user"}]}': "line 2: message 0 is an",
     '{"rounds": [{"answer": "b"}]}': "line 2: 'rounds' is no list",
+    '{"rounds": [{"ask": "ab", "answer": "b"}]}': "line 2: 'rounds' is no list",
     '{"prompt": "\\ud800", "response": "b"}': "line 2: 'utf-8' codec can't encode",
 }
 

@@ -100,6 +100,7 @@ def test_a_killed_run_goes_on_with_equal_losses(data, tmp_path, monkeypatch, met
     train.main([str(whole) if word == "OUT" else word for word in words])
     program = [sys.executable, str(ROOT / "finetune" / "train.py"), *(str(killed) if w == "OUT" else w for w in words)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "KILL_AT_STEP": "5"}
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # sums over other parts round otherwise
     start = [sys.executable, "-c", KILLER, *program[1:]]
     ended = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=900)
     assert ended.returncode == -signal.SIGKILL, ended.stderr[-2000:]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+os.environ.setdefault("CHATGLM_CPU_ROUTES", "default")  # nothing is timed, nor written to the user's cache
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "tiny"
 sys.path.insert(0, str(ROOT))

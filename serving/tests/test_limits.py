@@ -249,7 +249,7 @@ def long_answers(tiny):
 def test_the_row_of_a_client_that_left_is_free_within_a_step(long_answers, stream):
     served, noticed, freed = long_answers, [], []
     cancel, leave = served.service.scheduler.cancel, served.batch._leave
-    served.service.scheduler.cancel = lambda works: noticed.append(served.batch.steps) or cancel(works)
+    served.service.scheduler.cancel = lambda works: (cancel(works), noticed.append(served.batch.steps))
     served.batch._leave = lambda *row: freed.append(served.batch.steps) or leave(*row)
     other = raw(served, endless("介绍一下清华大学", stream=True))
     connection = raw(served, endless(stream=stream))

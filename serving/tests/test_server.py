@@ -186,6 +186,8 @@ def test_a_completion_is_the_decoded_answer_without_clean_up(client, tiny):
     assert len(choice.logprobs.tokens) == len(choice.logprobs.token_logprobs) == 12
     assert all(len(top) == 2 for top in choice.logprobs.top_logprobs)
     assert "".join(choice.logprobs.tokens).strip() == choice.text
+    for token, offset in zip(choice.logprobs.tokens, choice.logprobs.text_offset):
+        assert choice.text[offset:].startswith(token.lstrip(" ") if offset == 0 else token)
 
 
 def test_completions_of_several_prompts(client):
