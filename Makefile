@@ -4,7 +4,7 @@
 # make test   format, lint, types of signatures and all tests
 # make ladder the tests of every supported transformers version, and their table
 # make canary every test of tests/ on the newest libraries that pip finds (PyTorch too: gigabytes; TORCH_INDEX=URL for another)
-# make bench  speed of the full-size model (random weights, 25 GB in bench_data); ARGS="--layers 4" for a quick run
+# make bench  speed of the full-size model (random weights, 28 GB in bench_data); ARGS="--layers 4" for a quick run
 # make tiny   train the checkpoint in tiny/ again
 # make clean  remove the environment and everything that was built
 #

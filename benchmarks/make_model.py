@@ -7,7 +7,7 @@ Writes `bench_data/<layers>-<dtype>/<kind>/`: the 16-bit checkpoint shard by sha
 INT4 ones; `-head` stores embedding and head in INT8 as well, `-head4` in INT4. Layers beyond four have the numbers
 of the first four once more, in files of their own, so that a deep model takes no deep 16-bit one to quantize. A shard
 that two folders share is one file on the disk (hard link). The code is copied beside, and a stand-in vocabulary of
-1,444 pieces, enough for runs that feed ids. 28 layers need 25 GB of disk (INT4 alone 8) and 3 GB of memory.
+1,444 pieces, enough for runs that feed ids. 28 layers need 22 GB of disk (INT4 alone 6) and 3 GB of memory.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@
     python benchmarks/speed.py --prefill-layers 28 --groups original-bf16 --prompts 128 512 --contexts 128 1024
                                                 beside the official code's way to compute (original.py)
 
-Makes what it needs in bench_data/ once (make_model.py; the three groups without peers: 22 GB). Each model runs in a
+Makes what it needs in bench_data/ once (make_model.py; the three groups without peers: 28 GB). Each model runs in a
 process of its own. Models of one precision are measured in turn, figure by figure, or model by model where memory does
 not hold them together (28 layers in 16 bit). The machine's read bandwidth drifts: it is measured before each, and
 ratios and shares are medians of what stands side by side in each round. Writes JSON, a Markdown table and a plot.

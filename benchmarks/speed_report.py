@@ -5,6 +5,7 @@ python benchmarks/speed_report.py bench_data/results/speed-28.json
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -250,6 +251,12 @@ def write_report(data: dict, file: Path) -> str:
     return text
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("figures", nargs="+", type=Path, metavar="FILE.json", help="figures of speed.py")
+    for file in parser.parse_args().figures:
+        print(write_report(json.loads(file.read_text()), file))
+
+
 if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        print(write_report(json.loads(Path(argument).read_text()), Path(argument)))
+    main()

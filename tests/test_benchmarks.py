@@ -110,3 +110,12 @@ def test_layers_beyond_the_distinct_ones_repeat_them_in_files_of_their_own(bench
         assert layers == set(range(6)) and json.loads((folder / "config.json").read_text())["num_layers"] == 6
     shared = [folders[kind] / "model-layer-05.safetensors" for kind in ("int4", "int4-head")]
     assert shared[0].stat().st_ino == shared[1].stat().st_ino
+
+
+def test_the_report_says_how_it_is_called(benchmarks, monkeypatch, capsys):
+    import speed_report
+
+    monkeypatch.setattr("sys.argv", ["speed_report.py", "--help"])
+    with pytest.raises(SystemExit) as left:
+        speed_report.main()
+    assert left.value.code == 0 and "FILE.json" in capsys.readouterr().out
