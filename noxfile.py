@@ -66,13 +66,28 @@ def prepare(session: nox.Session, version: str) -> None:
     prepare_above(session)
     # No rung may build anything: a bare machine has no compiler.
     session.install("--only-binary=:all:", f"transformers=={version}")
+    if not own_transformers(session, version):  # pip was content with the one below, which may be another tomorrow
+        session.install("--only-binary=:all:", "--ignore-installed", "--no-deps", f"transformers=={version}")
+    if not own_transformers(session, version):
+        session.error(f"{session.virtualenv.location} has no transformers {version} of its own: delete the folder")
 
 
 def prepare_above(session: nox.Session) -> None:
     """Lets the session's environment see the packages of the one that nox runs in."""
+    Path(packages_of(session), "one_torch.pth").write_text(sysconfig.get_path("purelib") + "\n")
+
+
+def packages_of(session: nox.Session) -> str:
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    own = session.run("python", "-c", code, silent=True).strip()
-    Path(own, "one_torch.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return session.run("python", "-c", code, silent=True).strip()
+
+
+def own_transformers(session: nox.Session, version: str) -> bool:
+    """Whether `import transformers` gives this version, and out of the session's own environment."""
+    code = "import transformers; print(transformers.__version__, transformers.__file__)"
+    found, file = session.run("python", "-c", code, silent=True).strip().splitlines()[-1].split(" ", 1)
+    session.log(f"transformers {found} of {file}")
+    return found == version and Path(file).is_relative_to(packages_of(session))
 
 
 def chosen_tests() -> list[str]:
