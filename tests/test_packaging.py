@@ -183,3 +183,21 @@ def test_importing_the_code_files_does_nothing_but_define():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    "newest, rung, named",
+    [
+        ("<skipped message='no such thing'/>", "", False),  # another version runs it
+        ("<skipped message='no such thing'/>", "<skipped message='no such thing'/>", True),
+        ("<skipped message='needs a GPU'/>", "<skipped message='needs a GPU'/>", False),
+        ("<skipped message='collection skipped'>Skipped: no such thing</skipped>", None, True),
+    ],
+)
+def test_a_test_that_ran_nowhere_for_an_unknown_reason_is_named(tmp_path, newest, rung, named):
+    for name, inside in (("newest", newest), ("rung", rung)):
+        case = "" if inside is None else f"<testcase classname='tests.test_a' name='test_b'>{inside}</testcase>"
+        (tmp_path / f"{name}.xml").write_text(f"<testsuites><testsuite>{case}</testsuite></testsuites>")
+    command = [sys.executable, str(ROOT / ".ci" / "skips.py"), *map(str, tmp_path.glob("*.xml"))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == int(named) and ("tests.test_a test_b" in done.stdout) is named, done.stdout + done.stderr
