@@ -115,15 +115,19 @@ def gemv(emit: Emitter, variant: Variant, args: Arguments) -> None:
 
 
 def copy_x(emit: Emitter, variant: Variant, args: Arguments, own_x: str) -> None:
-    """Each thread copies x to its own memory, in the kernel's type and order of columns."""
+    """Each thread copies x to its own memory, in the kernel's type and order of columns, as [chunks, M, CHUNK]: whole
+    rows would lie multiples of 4 KiB apart, which contend for the same few places of the first-level cache."""
     order = [column for vector in columns(variant) for column in vector]
-    with emit.loop(emit.op("mul", args.chunks, variant.rows)) as chunk:
-        offset = emit.op("mul", chunk.index, CHUNK)
-        x = emit.load(f"<{CHUNK} x {variant.x}>", emit.at(variant.x, args.x, offset))
-        if variant.x != variant.lane:
-            x = emit.widen(variant.x, x, CHUNK)
-        x = emit.shuffle(f"<{CHUNK} x {variant.lane}>", x, order)
-        emit.store(f"<{CHUNK} x {variant.lane}>", x, emit.at(variant.lane, own_x, offset), 64)
+    with emit.loop(args.chunks) as chunk:
+        for m in range(variant.rows):
+            number = emit.op("add", emit.op("mul", args.chunks, m), chunk.index)
+            offset = emit.op("mul", number, CHUNK)
+            x = emit.load(f"<{CHUNK} x {variant.x}>", emit.at(variant.x, args.x, offset))
+            if variant.x != variant.lane:
+                x = emit.widen(variant.x, x, CHUNK)
+            x = emit.shuffle(f"<{CHUNK} x {variant.lane}>", x, order)
+            place = emit.op("add", emit.op("mul", chunk.index, CHUNK * variant.rows), CHUNK * m)
+            emit.store(f"<{CHUNK} x {variant.lane}>", x, emit.at(variant.lane, own_x, place), 64)
 
 
 def add_tile(
@@ -137,15 +141,14 @@ def add_tile(
     first = emit.at("i8", args.weight, emit.op("mul", row, row_bytes))
     rows = [emit.at("i8", first, emit.op("mul", row_bytes, t)) for t in range(variant.tile)]
     ahead = emit.op("mul", row_bytes, variant.tile * variant.tiles_ahead)
-    x_columns = emit.op("mul", args.chunks, CHUNK)
     with emit.loop(stop, 1, start, [(F32X16, "zeroinitializer")] * len(keys)) as chunk:
         sums = dict(zip(keys, chunk.values))
         here = [emit.at("i8", pointer, emit.op("mul", chunk.index, variant.chunk_bytes)) for pointer in rows]
         for pointer in here:
             prefetch(emit, emit.at("i8", pointer, ahead), variant.chunk_bytes, variant.prefetch)
         weights = [widened(emit, variant, pointer) for pointer in here]
-        x_first = emit.at(variant.lane, own_x, emit.op("mul", chunk.index, CHUNK))
-        xs = [emit.at(variant.lane, x_first, emit.op("mul", x_columns, m)) for m in range(variant.rows)]
+        x_first = emit.at(variant.lane, own_x, emit.op("mul", chunk.index, CHUNK * variant.rows))
+        xs = [emit.at(variant.lane, x_first, CHUNK * m) for m in range(variant.rows)]
         if variant.group:
             scales = [chunk_scales(emit, variant, args, emit.op("add", row, t), chunk.index) for t in range(len(rows))]
             add_grouped(emit, variant, sums, weights, xs, scales)
