@@ -221,8 +221,8 @@ class Emitter:
         names, and after it `update` has to hold their new values. Such a loop runs at least once, and the new values
         are valid after it as well."""
         label, before = self.fresh(), self.block
-        some = "true" if carried else self(f"icmp ult i64 {start}, {stop}")
-        self.do(f"  br i1 {some}, label %{label}, label %{label}.end", f"{label}:")
+        some = "" if carried else self(f"icmp ult i64 {start}, {stop}")
+        self.do(f"  br i1 {some}, label %{label}, label %{label}.end" if some else f"  br label %{label}", f"{label}:")
         head, self.block = len(self.lines), label
         values = [f"%{label}.{number}" for number in range(len(carried))]
         loop = types.SimpleNamespace(index=f"%{label}.index", values=values, update=[])

@@ -41,8 +41,9 @@ def dequantize(weight: Tensor, scale: Tensor | None, bits: int, dtype: torch.dty
     """scale * weight [N, K] as `dtype` in one pass, the float32 product rounded once; None where not served."""
     if dtype not in IR_TYPES or not is_served(None, weight, scale, bits):
         return None
-    y = empty(weight.shape[0], _columns(weight, bits), dtype=dtype)
-    return y if _dequantize_into(y, weight, scale, bits) else None
+    address = kernel_address(_variant("dequantize", weight, scale, bits, dtype), _tried_dequantize)
+    y = empty(weight.shape[0], columns_of(weight, bits), dtype=dtype)
+    return None if address is None else _run_dequantize(address, weight, scale, y)
 
 
 def gelu(x: Tensor) -> Tensor | None:
@@ -102,12 +103,12 @@ def _attention_is_served(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return query.dtype in IR_TYPES and key.stride()[2:] == value.stride()[2:] == (size, 1)
 
 
-def _columns(weight: Tensor, bits: int) -> int:
+def columns_of(weight: Tensor, bits: int) -> int:
     return weight.shape[1] * 2 if bits == 4 else weight.shape[1]
 
 
 def group_of(weight: Tensor, scale: Tensor | None, bits: int) -> int:
-    return 0 if scale is None or scale.dim() == 1 else _columns(weight, bits) // scale.shape[1]
+    return 0 if scale is None or scale.dim() == 1 else columns_of(weight, bits) // scale.shape[1]
 
 
 def is_served(x: Tensor | None, weight: Tensor, scale: Tensor | None, bits: int) -> bool:
@@ -284,14 +285,6 @@ def _panels(x: Tensor, pairs: bool) -> Tensor:
     return panels
 
 
-def _dequantize_into(y: Tensor, weight: Tensor, scale: Tensor | None, bits: int) -> bool:
-    """y = scale * weight; False where there is no kernel for that."""
-    address = kernel_address(_variant("dequantize", weight, scale, bits, y.dtype), _tried_dequantize)
-    if address is not None:
-        _run_dequantize(address, weight, scale, y)
-    return address is not None
-
-
 def _run_dequantize(address: int, weight: Tensor, scale: Tensor | None, y: Tensor) -> Tensor:
     run(address, weight=weight, scale=scale, y=y, rows=y.shape[0], chunks=y.shape[1] // CHUNK)
     return y
@@ -333,14 +326,10 @@ def flush(weight: Tensor) -> None:
 def plain_weight(weight: Tensor, scale: Tensor | None, bits: int) -> Tensor:
     """scale * weight in float32, by PyTorch alone."""
     values = (unpack_int4(weight) if bits == 4 else weight).float()
-    return (
-        values
-        if scale is None
-        else values
-        * scale.float()
-        .view(len(values), -1)
-        .repeat_interleave(values.shape[1] // (scale.numel() // len(values)), dim=1)
-    )
+    if scale is None:
+        return values
+    scale = scale.float().view(len(values), -1, 1)
+    return (values.view(len(values), scale.shape[1], -1) * scale).flatten(1)
 
 
 # ---------------------------------------------------------------------------------------------- variants, their trials

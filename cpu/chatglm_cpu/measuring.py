@@ -33,7 +33,7 @@ from torch import Tensor
 
 from .crowding import is_crowded, seconds_waited
 from .ir import BLOCK_ROWS
-from .kernels import activations_as_int8, flush, plain_weight
+from .kernels import activations_as_int8, columns_of, flush, plain_weight
 from .runtime import instruction_set, noise
 
 WORDS, WAYS = {"default", "measure", "list"}, ("gemv", "gemm", "dense", "int8pack", "torch")
@@ -95,7 +95,8 @@ def _decide(problem: Problem, names: list[str], compute: Compute) -> list[str]:
     found += [name for name in names if name not in times]
     if not is_crowded(waited, began, torch.get_num_threads()):  # else the next process chooses anew
         save(path, machine, {**load(path, machine), problem.label: found})
-    return _shown(problem, found, ", ".join(f"{name} {1e3 * times[name]:.2f} ms" for name in times), words)
+    told = ", ".join(f"{name} {1e3 * times[name]:.2f} ms" for name in times)
+    return _shown(problem, found, f"{told}; it took {time.perf_counter() - began:.2f} s", words)
 
 
 def _shown(problem: Problem, names: list[str], why: str, words: set[str]) -> list[str]:
@@ -123,7 +124,8 @@ def settings() -> tuple[set[str], dict[str, str]]:
 def measure(problem: Problem, names: list[str], compute: Compute) -> dict[str, float]:
     """name -> seconds for a sample of the weight, of all that serve and compute right."""
     weight, scale = _sample(problem)
-    x = noise(16, _columns(problem), dtype=problem.dtype).repeat(-(-problem.rows // 16), 1)[: problem.rows]
+    x = noise(16, columns_of(weight, problem.bits), dtype=problem.dtype)
+    x = x.repeat(-(-problem.rows // 16), 1)[: problem.rows]
     times: dict[str, float] = {}
     with torch.inference_mode():
         for name in names:
@@ -143,15 +145,11 @@ def measure(problem: Problem, names: list[str], compute: Compute) -> dict[str, f
     return times
 
 
-def _columns(problem: Problem) -> int:
-    return problem.weight.shape[1] * (2 if problem.bits == 4 else 1)
-
-
 def _sample(problem: Problem) -> tuple[Tensor, Tensor | None]:
     """The first rows of the weight: as many as take a few milliseconds, and enough for all threads."""
     weight, scale, threads = problem.weight, problem.scale, torch.get_num_threads()
     by_bytes = SAMPLE_BYTES // (weight.shape[1] * weight.element_size())
-    by_flops = int(SAMPLE_FLOPS * threads / (2 * problem.rows * _columns(problem)))
+    by_flops = int(SAMPLE_FLOPS * threads / (2 * problem.rows * columns_of(problem.weight, problem.bits)))
     rows = max(min(by_bytes, by_flops) // BLOCK_ROWS, 2 * threads) * BLOCK_ROWS
     return weight[:rows], None if scale is None else scale[:rows]
 

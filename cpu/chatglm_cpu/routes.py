@@ -53,7 +53,7 @@ def linear(
     >>> y is None or y.tolist()
     [[-4064.0, 160.0, 0.0, 4224.0]]
     """
-    if not instruction_set() or not is_served(x, weight, scale, bits) or not (bias is None or is_vector(bias)):
+    if not _is_served(x, weight, scale, bits, bias):
         return None
     weight, scale, bias = held(weight), held(scale), held(bias)  # of one moment, whoever swaps them meanwhile
     names = ranked(x, weight, scale, bits, int8_activations)
@@ -67,12 +67,16 @@ def linear_by(
     name: str, x: Tensor, weight: Tensor, scale: Tensor | None, bits: int, bias: Tensor | None = None
 ) -> Tensor | None:
     """`linear` by one of the `candidates`, or None where that one does not serve, for instance on this processor."""
-    if not instruction_set() or not is_served(x, weight, scale, bits) or not (bias is None or is_vector(bias)):
+    if not _is_served(x, weight, scale, bits, bias):
         return None
     group = group_of(weight, scale, bits)
     if name not in candidates(len(x), x.dtype, bits, group, weight.dtype, True):
         return None
     return _compute(name, x, held(weight), held(scale), bits, held(bias))
+
+
+def _is_served(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int, bias: Tensor | None) -> bool:
+    return bool(instruction_set()) and is_served(x, weight, scale, bits) and (bias is None or is_vector(bias))
 
 
 def _compute(name: str, x: Tensor, weight: Tensor, scale, bits: int, bias) -> Tensor | None:
