@@ -145,7 +145,8 @@ def product(
         hint_at_engine(f"INT{bits}")
         if int8_activations and engine() is None:
             warn_once(f"quantize_activations has no effect without chatglm_cpu: {INSTALL}")
-        y = by_engine("linear", rows, weight, scale, bits, bias, int8_activations)
+        if engine() is not None:
+            y = engine().linear(rows, weight, scale, bits, bias, int8_activations)
         if y is None and weight.device.type == "cpu" and weight.shape[0] * x.shape[-1] >= SMALLEST:
             y = product_of_torch(rows, weight, scale, bits, bias, copies)
     elif x.device.type == "cuda" and not is_tracing():
@@ -184,7 +185,8 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
     if weight.dtype != x.dtype or altered or (trained and torch.is_grad_enabled()):
         return layer(x)
     hint_at_engine("16-bit")
-    y = by_engine("linear", x.reshape(-1, x.shape[-1]).contiguous(), weight, None, 16, bias)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    y = None if engine() is None else engine().linear(rows, weight, None, 16, bias)
     return layer(x) if y is None else y.view(*x.shape[:-1], weight.shape[0])
 
 
