@@ -40,6 +40,7 @@ SUITES = [
     "decode",
     "engine",
     "huge_pages",
+    "hub",
     "cuda_kernels",
     "kernels_of_torch",
     "long_prompts",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 
+from package import package_module
 from slimming.plan import Options, Plan
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 ORIGINAL = "THUDM/chatglm-6b"
 ORIGINAL_SIZES = {"hidden_size": 4096, "num_layers": 28, "inner_hidden_size": 16384}  # also of a config that is silent
-LICENSE_NAME, LICENSE_LINK = "chatglm-6b-license", "https://github.com/THUDM/ChatGLM-6B/blob/main/MODEL_LICENSE"
 TITLES = {
     "model": "ChatGLM-6B-Slim",
     "prefix": "P-tuning v2 prefix for ChatGLM-6B-Slim",
@@ -38,6 +38,11 @@ def model_card(plan: Plan, options: Options, name: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def facts():
+    """The file of the package that knows a card's header, once it is needed: `slim.py --help` does not wait."""
+    return package_module("configuration_chatglm")
+
+
 def is_original_size(plan: Plan) -> bool:
     config = plan.source.config
     return all(config.get(field, size) == size for field, size in ORIGINAL_SIZES.items())
@@ -51,16 +56,15 @@ def base_of(plan: Plan, options: Options) -> str | None:
 
 
 def front_matter(plan: Plan, options: Options) -> str:
-    kind, base = plan.source.kind, base_of(plan, options)
-    lines = ["---", "language:", "- zh", "- en"]
-    if holds_original_weights(plan):
-        lines += ["license: other", f"license_name: {LICENSE_NAME}", f"license_link: {license_link(plan)}"]
-    lines += [f"library_name: {'peft' if kind == 'adapter' else 'transformers'}", "pipeline_tag: text-generation"]
-    lines += [f"base_model: {base}"] if base else []
-    relation = "adapter" if kind != "model" else "quantized" if options.bits else None
-    lines += [f"base_model_relation: {relation}"] if base and relation else []
-    tags = {"adapter": ["chatglm", "lora"], "prefix": ["chatglm", "custom_code", "p-tuning"]}
-    return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags.get(kind, ["chatglm", "custom_code"])), "---"])
+    kind = plan.source.kind
+    tags = {"adapter": ("chatglm", "lora"), "prefix": ("chatglm", "custom_code", "p-tuning")}
+    return facts().card_header(
+        base_of(plan, options),
+        license_link=license_link(plan) if holds_original_weights(plan) else None,
+        relation="adapter" if kind != "model" else "quantized" if options.bits else None,
+        library="peft" if kind == "adapter" else "transformers",
+        tags=tags.get(kind, ("chatglm", "custom_code")),
+    )
 
 
 def holds_original_weights(plan: Plan) -> bool:
@@ -70,7 +74,9 @@ def holds_original_weights(plan: Plan) -> bool:
 
 def license_link(plan: Plan) -> str:
     """The licence that lies beside the card, else the published one."""
-    return "MODEL_LICENSE" if plan.source.license is not None and plan.source.kind != "adapter" else LICENSE_LINK
+    return (
+        "MODEL_LICENSE" if plan.source.license is not None and plan.source.kind != "adapter" else facts().LICENSE_LINK
+    )
 
 
 def changes(plan: Plan) -> str:
@@ -119,7 +125,10 @@ def usage(kind: str, name: str) -> list[str]:
             f'model.load_state_dict(load_file("{literal(name)}/model.safetensors"), strict=False)  # of this folder',
         ]
     blocks = [f"```sh\npip install {packages}\n```", ENGINE, "\n".join(["```python", *code, "```"])]
-    trust = "`trust_remote_code=True` runs the `.py` files of this folder; they are the code of ChatGLM-6B-Slim."
+    trust = (
+        "`trust_remote_code=True` runs the `.py` files of this folder; they are the code of ChatGLM-6B-Slim, version "
+        f"{facts().CODE_VERSION}."
+    )
     return [*blocks, trust] if kind == "model" else blocks
 
 
@@ -129,7 +138,7 @@ def literal(name: str) -> str:
 
 
 def license_text(plan: Plan) -> str:
-    license_of = f"have a licence of their own: [{LICENSE_NAME}]({license_link(plan)})."
+    license_of = f"have a licence of their own: [{facts().LICENSE_NAME}]({license_link(plan)})."
     code = "" if plan.source.kind == "adapter" else " The code in this folder is under Apache-2.0 (`LICENSE`)."
     if holds_original_weights(plan):
         return f"The weights of ChatGLM-6B {license_of}{code}"

@@ -83,3 +83,12 @@ def golden_model(golden):
         )
 
     return load
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A Hub on this machine."""
+    from hub import serving
+
+    with serving(tmp_path) as state:
+        yield state

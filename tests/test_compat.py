@@ -497,7 +497,7 @@ def test_a_saved_folder_holds_exactly_the_files_of_the_table(tmp_path, base_mode
     separate = hasattr(transformers.PreTrainedTokenizerBase, "save_chat_templates")  # 4.50
     weights = "pytorch_model.bin" if saves_pickles() else "model.safetensors"
     expected = {"config.json", "generation_config.json", weights, "ice_text.model", "tokenizer_config.json"}
-    expected |= package_files() | ({"chat_template.jinja"} if separate else set())
+    expected |= {"README.md"} | package_files() | ({"chat_template.jinja"} if separate else set())
     names = {path.name for path in tmp_path.iterdir()} - {"special_tokens_map.json"}  # below 5
     assert names - {"added_tokens.json", "__pycache__"} == expected
 
