@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
 
 from serving.loading import DTYPES, load  # noqa: E402
-from serving.screen import PlainTerminal, open_terminal  # noqa: E402
+from serving.screen import PlainTerminal, left_as_found, open_terminal, without_echo  # noqa: E402
 
 HELP = (
     "clear: forget the conversation · stop, exit or Ctrl-D: leave · Ctrl-C: stop an answer\n"
@@ -172,7 +172,8 @@ class Conversation:
         elif order:
             self.terminal.say(HELP)
         elif query.strip():
-            self.answer(query)
+            with without_echo():
+                self.answer(query)
         return True
 
     @property
@@ -252,7 +253,7 @@ def converse(conversation: Conversation) -> None:
     """Questions and answers until `stop` or the end of the input."""
     terminal = conversation.terminal
     terminal.say(f"\n{HELP}")
-    with conversation.ctrl_c as ctrl_c:
+    with left_as_found(), conversation.ctrl_c as ctrl_c:
         while True:
             try:
                 query = ctrl_c.while_typing(terminal.ask)

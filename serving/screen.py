@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import locale
 import os
+import signal
 import sys
 import time
 import unicodedata
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+try:
+    import termios
+except ImportError:  # Windows, whose console shows nothing of what is typed until it is read
+    termios = None
 
 ASK, GO_ON, ANSWER = "You> ", "...> ", "ChatGLM> "
 CLEAR_SCREEN = "\x1b[2J\x1b[3J\x1b[H"  # screen, scroll-back, cursor home
@@ -39,6 +46,45 @@ def prepare_streams() -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         piped = not stream.isatty() and "PYTHONIOENCODING" not in os.environ
         stream.reconfigure(errors="replace", **({"encoding": "utf-8"} if piped else {}))
+
+
+@contextmanager
+def left_as_found() -> Iterator[None]:
+    """Gives the terminal its settings back in the end, also when an exception or a signal ends the program."""
+    if termios is None or not sys.stdin.isatty():
+        yield
+        return
+    found = termios.tcgetattr(sys.stdin)
+
+    def end(number, frame) -> None:
+        if os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp():  # else the settings are another program's
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, found)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    signals = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    before = {number: signal.signal(number, end) for number in signals}
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, found)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def without_echo() -> Iterator[None]:
+    """What is typed meanwhile is not shown, and waits for the next question."""
+    if termios is None or not sys.stdin.isatty():
+        yield
+        return
+    found = termios.tcgetattr(sys.stdin)
+    silent = [*found[:3], found[3] & ~termios.ECHO, *found[4:]]
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, found)
 
 
 class PlainTerminal:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,8 +14,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-for library in ("pty", "pyte", "prompt_toolkit", "rich"):
+for library in ("pty", "termios", "pyte", "prompt_toolkit", "rich"):
     pytest.importorskip(library)
+
+import termios  # noqa: E402
 
 import pyte  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -126,3 +131,92 @@ def test_a_person_types_edits_pastes_goes_back_and_interrupts():
     terminal.type(CTRL_D)
     assert terminal.exit_code() == 0
     assert "Traceback" not in terminal.seen
+
+
+TALK = """
+import sys
+from types import SimpleNamespace
+sys.path.insert(0, sys.argv[1])
+from serving import cli
+
+class Model:
+    def stream_chat(self, tokenizer, query, history, **options):
+        yield "slowly", [(query, "slowly")]
+        for line in open(sys.argv[2]):
+            if "fault" in line:
+                raise KeyError("a fault of the program")
+        yield f"slowly heard {query!r}", [(query, query)]
+
+options = cli.parse(["--greedy", *sys.argv[3:]])
+cli.converse(cli.Conversation(None, Model(), options, cli.open_terminal(options.plain)))
+"""
+
+
+class Talk:
+    """A conversation with a model whose answers wait for a line in a pipe."""
+
+    def __init__(self, folder: Path, *options: str):
+        self.gate = folder / "gate"
+        os.mkfifo(self.gate)
+        program = [sys.executable, "-c", TALK, str(ROOT), str(self.gate), *options]
+        self.terminal = Terminal(program, PROMPT_TOOLKIT_NO_CPR="1", COLUMNS=str(WIDTH), LINES=str(HEIGHT))
+        self.terminal.resize(HEIGHT, WIDTH)
+        self.found = self.settings()
+        self.sees("You>")
+
+    def settings(self) -> list:
+        return termios.tcgetattr(self.terminal.fd)
+
+    def lines(self) -> list[str]:
+        return [line for line in lines_of(self.terminal.raw.decode(errors="ignore")) if line]
+
+    def sees(self, text: str) -> None:
+        self.terminal.wait_until(lambda: text in "\n".join(self.lines()), text)
+
+    def ask(self, text: str) -> None:
+        self.terminal.type(f"{text}\r")
+        self.sees("slowly")
+        self.terminal.wait_until(lambda: not self.settings()[3] & termios.ECHO, "a terminal that echoes nothing")
+
+    def go_on(self, line: str = "go") -> None:
+        self.gate.write_text(f"{line}\n")
+
+
+@pytest.mark.parametrize("options", [[], ["--plain"]], ids=["rich", "plain"])
+def test_keys_typed_during_an_answer_wait_for_the_next_question_unseen(tmp_path, options):
+    talk = Talk(tmp_path, *options)
+    talk.ask("one")
+    talk.terminal.type("二 twx\x7fo")
+    time.sleep(0.5)  # an echo would come at once
+    talk.terminal.read(0)
+    assert "tw" not in "\n".join(talk.lines())
+    talk.go_on()
+    talk.sees("heard 'one'")
+    talk.sees("You> 二 two")
+    assert "\n".join(talk.lines()).count("二 two") == 1
+    talk.terminal.type("\r")
+    talk.go_on()
+    talk.sees("heard '二 two'")
+    talk.terminal.type("stop\r")
+    assert talk.terminal.exit_code() == 0
+    assert talk.settings() == talk.found
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
+@pytest.mark.parametrize("answering", [True, False], ids=["answering", "asking"])
+def test_a_signal_ends_the_program_and_the_terminal_is_as_it_was(tmp_path, number, answering):
+    talk = Talk(tmp_path)
+    if answering:
+        talk.ask("one")
+    os.kill(talk.terminal.pid, number)
+    assert talk.terminal.exit_code() == -number
+    assert talk.settings() == talk.found
+
+
+def test_an_exception_ends_the_program_and_the_terminal_is_as_it_was(tmp_path):
+    talk = Talk(tmp_path)
+    talk.ask("one")
+    talk.go_on("fault")
+    talk.terminal.wait_for("a fault of the program")
+    assert talk.terminal.exit_code() == 1
+    assert talk.settings() == talk.found
