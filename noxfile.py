@@ -41,6 +41,7 @@ SUITES = [
     "engine",
     "huge_pages",
     "hub",
+    "fast_tokenizer",
     "cuda_kernels",
     "kernels_of_torch",
     "long_prompts",

@@ -305,6 +305,7 @@ def parser() -> argparse.ArgumentParser:
     add("--repackage", action="store_true", help="go on with a checkpoint that is slim already")
     add("--allow-nonfinite", action="store_true", help="go on with NaN or Inf in the weights")
     add("--tokenizer", type=Path, metavar="FILE", help=f"{VOCAB_FILE}, if SOURCE has none")
+    add("--fast-tokenizer", action="store_true", help="tokenizer.json as well, for programs in Rust and JavaScript")
     add("--base", metavar="NAME", help="the slim base model that an adapter's config shall name")
     add("--revision", help="branch, tag or commit of a Hub id")
     add("--push", type=parse_repository, metavar="REPO_ID", help="upload OUTPUT to the Hub (new: private)")

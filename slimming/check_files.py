@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,7 @@ def compare_files(case: Case, output: Path, proved: Proved) -> None:
         copies.update({name: case.source / name for name in ("MODEL_LICENSE",) if (case.source / name).is_file()})
     if case.sentencepiece is not None:
         required |= {"ice_text.model", "tokenizer_config.json"}
+        required |= {"tokenizer.json"} if case.options.fast_tokenizer else set()
         copies["chat_template.jinja"] = PACKAGE / "chat_template.jinja"
     if case.is_trimmed:
         required.add("vocabulary_map.json")
@@ -373,6 +374,7 @@ def compare_tokenizer(case: Case, output: Path) -> int:
     compare_bytes("ice_text.model", found, expected, f"the source's {case.tokenizer_file.name}, completed")
     processor = sentencepiece.SentencePieceProcessor(model_proto=found)
     judge_pieces(case, processor)
+    compare_fast(case, output, processor)
     return compare_strings(case, processor, hashlib.sha256(found).hexdigest())
 
 
@@ -408,6 +410,24 @@ def compare_strings(case: Case, processor: Any, digest: str) -> int:
     if digest == PUBLISHED_SHA256 and processor.encode("你好") != [5, 74874]:
         raise Difference(f"ice_text.model: '你好' is {processor.encode('你好')}, published is [5, 74874]")
     return compared
+
+
+def compare_fast(case: Case, output: Path, processor: Any) -> None:
+    """tokenizer.json has the pieces and scores, and its own library reads the ids of the strings from it."""
+    if not case.options.fast_tokenizer:
+        return
+    import tokenizers
+
+    rows = read_json(output / "tokenizer.json")["model"]["vocab"]
+    pieces = [[processor.id_to_piece(row), processor.get_score(row)] for row in range(processor.get_piece_size())]
+    for row, (found, expected) in enumerate(zip_longest(rows, pieces)):
+        if found != expected:
+            raise Difference(f"tokenizer.json: piece {row} is {found}, expected {expected}")
+    fast = tokenizers.Tokenizer.from_file(str(output / "tokenizer.json"))
+    for text in (one.lower() for one in STRINGS if "  " not in one):  # whatever becomes of capitals and blanks
+        expected, found = processor.encode(text), fast.encode(text, add_special_tokens=False).ids
+        if found != expected:
+            raise Difference(f"tokenizer.json: {text!r} is {found}, expected {expected}")
 
 
 def corpus_lines(options: Options) -> list[str]:

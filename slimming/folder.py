@@ -11,6 +11,7 @@ from package import copy_package, package_module
 from slimming import checkpoint_io as io
 from slimming.card import model_card
 from slimming.checkpoint_io import Exit, Refusal
+from slimming.fast_tokenizer import FAST_FILE, tokenizer_json
 from slimming.plan import EMBEDDING, IDS, VOCAB_FILE, Options, Plan, Vocabulary
 from slimming.settings import IDENTITY
 
@@ -28,7 +29,7 @@ def write_folder(folder: Path, plan: Plan, options: Options, name: str) -> None:
         copy_package(folder, tokenizer=False)
         copy_licenses(plan, folder)
     if plan.vocabulary.sentencepiece is not None:
-        write_tokenizer(folder, plan)
+        write_tokenizer(folder, plan, options)
     if len(plan.shards) > 1:
         write_json(folder / "model.safetensors.index.json", shard_index(plan))
     if plan.vocabulary.figures:  # trimming was asked for, and may have found nothing to cut
@@ -142,9 +143,13 @@ def generation_config(plan: Plan) -> dict[str, Any]:
     return {**package, **{key: config[key] for key in package if key.endswith("_token_id") and key in config}}
 
 
-def write_tokenizer(folder: Path, plan: Plan) -> None:
-    """SentencePiece model, chat template, and the package's settings with the source's choices about text."""
-    io.write_file(folder / VOCAB_FILE, plan.vocabulary.sentencepiece or b"")
+def write_tokenizer(folder: Path, plan: Plan, options: Options) -> None:
+    """SentencePiece model, chat template, and the package's settings with the source's choices about text; on request
+    the same once more as tokenizer.json."""
+    model = plan.vocabulary.sentencepiece or b""
+    io.write_file(folder / VOCAB_FILE, model)
+    if options.fast_tokenizer:
+        io.write_file(folder / FAST_FILE, tokenizer_json(model, plan.source.text_choices))
     copy(PACKAGE / "chat_template.jinja", folder)
     write_json(folder / "tokenizer_config.json", {**package_json("tokenizer_config.json"), **plan.source.text_choices})
 

@@ -49,6 +49,7 @@ class Options:
     keep_languages: tuple[str, ...] = ()
     min_count: int = 1
     tokenizer: Path | None = None
+    fast_tokenizer: bool = False
     base: str | None = None
     repackage: bool = False
     overwrite: bool = False
@@ -61,7 +62,8 @@ class Options:
     @property
     def changes_slim(self) -> bool:
         """Whether there is something to do for a checkpoint that is slim already."""
-        return bool(self.repackage or self.dtype or self.bits or self.trims or self.quantize_head)
+        changed = self.dtype or self.bits or self.trims or self.quantize_head or self.fast_tokenizer
+        return bool(self.repackage or changed)
 
     @property
     def trims(self) -> bool:
