@@ -22,6 +22,7 @@ import weakref
 import zipfile
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import transformers
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import is_accelerate_available, logging
 
-from .configuration_chatglm import warn_once
+from .configuration_chatglm import model_card, warn_once
 
 try:  # 4.25
     from transformers import GenerationMixin
@@ -364,15 +365,26 @@ class VersionedModel(PreTrainedModel):
         """Takes the gradient from parameters that are not to be trained."""
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in transformers. Where the default is pytorch_model.bin (below 4.35) and safetensors are asked for, it
-        must be told not to store a tied head twice, and takes modeling_chatglm.py for an old weight file."""
+        """As in transformers, and with a model card where there is none. Where the default is pytorch_model.bin (below
+        4.35) and safetensors are asked for, it must be told not to store a tied head twice, and takes
+        modeling_chatglm.py for an old weight file."""
+        card = Path(save_directory, "README.md")
+        self._card = card.read_bytes() if card.is_file() else model_card(self.config).encode()
         asked = inspect.signature(PreTrainedModel.save_pretrained).parameters.get("safe_serialization")
-        if asked is None or asked.default is not False or not kwargs.get("safe_serialization"):
-            return super().save_pretrained(save_directory, *args, **kwargs)
-        self._keys_to_ignore_on_save = list(self._tied_weights_keys) if self.config.tie_word_embeddings else None
+        is_other = asked is not None and asked.default is False and kwargs.get("safe_serialization")
+        if is_other:
+            self._keys_to_ignore_on_save = list(self._tied_weights_keys) if self.config.tie_word_embeddings else None
         super().save_pretrained(save_directory, *args, **kwargs)
-        custom_object_save(self, save_directory, config=self.config)
-        return None
+        if is_other:
+            custom_object_save(self, save_directory, config=self.config)
+        if card.parent.is_dir() and not card.is_file():
+            card.write_bytes(self._card)
+
+    def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
+        """Overridden because 4.38 to 5.24 put a card of theirs over this one where the repository has none."""
+        if not huggingface_hub.file_exists(repo_id, "README.md", token=kwargs.get("token")):
+            Path(working_dir, "README.md").write_bytes(self._card)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def init_continuous_batching(self, *args, **kwargs):
         """Overridden (4.57 to 5.24) because its paged cache knows causal masks alone."""

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 # 5.23. Versions before it lack ways to split that the plan names, or rename what it says of a tied embedding.
 HAS_TENSOR_PARALLELISM = hasattr(PretrainedConfig, "extra_files")
 CODE_VERSION = "2.0.0"  # of all code files of a folder; written into its config.json as `code_version`
+LICENSE_NAME = "chatglm-6b-license"  # of the released weights
+LICENSE_LINK = "https://github.com/THUDM/ChatGLM-6B/blob/main/MODEL_LICENSE"
 IMAGE_TOKENS = 20000  # rows that the first release reserved in front of every text token
 MASK, GMASK, SOP, EOP, PAD = 130000, 130001, 130004, 130005, 3  # ids in the released slim vocabulary
 LATER_GENERATIONS = ("multi_query_attention", "padded_vocab_size", "ffn_hidden_size", "kv_channels", "rmsnorm")
@@ -231,6 +233,31 @@ def refuse_later_generations(fields: dict) -> None:
             f"this is a ChatGLM2/ChatGLM3 configuration (it has {', '.join(found)}): ChatGLM-6B-Slim runs the first "
             "ChatGLM-6B only; load it with the code of its own repository"
         )
+
+
+def card_header(base=None, license_link=None, relation=None, library="transformers", tags=("chatglm", "custom_code")):
+    """The top of a README.md, which the Hub reads. base: the model that it was made from or for; license_link: where
+    the licence of ChatGLM-6B's weights is, if it is known to hold."""
+    fields = {"license": license_link and "other", "license_name": license_link and LICENSE_NAME}
+    fields.update(license_link=license_link, library_name=library, pipeline_tag="text-generation", base_model=base)
+    fields["base_model_relation"] = base and relation
+    lines = [f"{name}: {value}" for name, value in fields.items() if value]
+    return "\n".join(["---", "language:", "- zh", "- en", *lines, "tags:", *(f"- {tag}" for tag in tags), "---"])
+
+
+def model_card(config: ChatGLMConfig) -> str:
+    """The README.md of a saved model: what its configuration tells, and nothing else."""
+    sizes = ("hidden_size", "num_layers", "inner_hidden_size")
+    is_6b = all(getattr(config, name) == FIELDS[name][0] for name in sizes)
+    known = {"base": "THUDM/chatglm-6b", "license_link": LICENSE_LINK} if is_6b else {}
+    relation = "quantized" if config.quantization_bit else None
+    return f"""{card_header(**known, relation=relation)}
+
+# ChatGLM
+
+Saved with version {CODE_VERSION} of the code of ChatGLM-6B-Slim, which is beside it in `.py` files under Apache-2.0;
+`trust_remote_code=True` runs it. Write here what the model learned, from which data, and its licence.
+"""
 
 
 ChatGLMConfig.register_for_auto_class("AutoConfig")  # 4.29-4.31, 4.45-4.51 copy code on save only then
