@@ -177,6 +177,15 @@ def settings_of(options: argparse.Namespace, config) -> Settings:
     )
 
 
+def ready_service(options: argparse.Namespace) -> Service:
+    """Of the model asked for, warmed up: once it listens, the first answer takes no longer than the others."""
+    tokenizer, model = load(options.model, options.dtype, options.bits, options.device)
+    service = Service(tokenizer, model, settings_of(options, model.config))
+    print("warming up …", flush=True)
+    service.warm_up()
+    return service
+
+
 def keys_in(path: Path | None) -> list[str]:
     """ValueError for a file without any: a server that was to be closed would be open."""
     keys = [] if path is None else path.read_text(encoding="utf-8").split()
@@ -195,11 +204,10 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     try:
         keys = keys_in(options.api_key_file)
-        tokenizer, model = load(options.model, options.dtype, options.bits, options.device)
+        service = ready_service(options)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         print(f"cannot serve {options.model}: {error}", file=sys.stderr)
         return 1
-    service = Service(tokenizer, model, settings_of(options, model.config))
     if options.host not in LOOPBACK and not keys:
         logging.warning("whoever reaches %s may use this server: give it an --api-key-file", options.host)
     app = make_app(service, keys, hosts_of(options))

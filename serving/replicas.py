@@ -39,9 +39,7 @@ class Replica:
     """One model with its app, in a process of Ray's."""
 
     def __init__(self, arguments: list[str]):
-        options = api.parse(arguments)
-        tokenizer, model = api.load(options.model, options.dtype, options.bits, options.device)
-        self.service = api.Service(tokenizer, model, api.settings_of(options, model.config))
+        self.service = api.ready_service(api.parse(arguments))
         self.app = api.make_app(self.service)
         self.service.start()
 

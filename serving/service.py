@@ -19,6 +19,7 @@ from .sampling import Sampling
 from .scheduler import Scheduler
 from .schemas import ChatRequest, CompletionRequest, EmbeddingRequest, Limits, Sampled
 from .text import AnswerText, token_bytes
+from .warming import warm_up
 
 
 class Settings(NamedTuple):
@@ -43,6 +44,10 @@ class Service:
         self.metrics = Metrics(self.scheduler)
         self.bytes_of = token_bytes(tokenizer, model.config.vocab_size)
         self.workers = ThreadPoolExecutor(1, thread_name_prefix="prepare")
+
+    def warm_up(self) -> None:
+        """Before the first request, so that none waits for what is done once; raises what the model raises."""
+        warm_up(self.model, self.settings.slots, self.ids_of_text("你好", "prompt"))
 
     def start(self) -> None:
         self.scheduler.start()

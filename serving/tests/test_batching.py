@@ -389,11 +389,15 @@ def test_an_embedding_is_the_mean_of_the_last_hidden_states_of_the_text(tiny, qu
 # ---- the thread -----------------------------------------------------------------------------------------------------
 
 
-def wait_for(works, seconds=60):
+def until(condition, seconds=300):
     deadline = time.monotonic() + seconds
-    while any(work.tell.end is None for work in works):
-        assert time.monotonic() < deadline, "no end in time"
+    while not condition():
+        assert time.monotonic() < deadline, "not in time"
         time.sleep(0.01)
+
+
+def wait_for(works):
+    until(lambda: all(work.tell.end for work in works))
 
 
 def test_the_thread_serves_whoever_submits_and_ends_with_close(tiny, questions):
@@ -429,8 +433,7 @@ def test_close_lets_finish_what_can_and_ends_the_rest_in_time(tiny, questions):
     endless = [generation(tokenizer, query, max_tokens=10**9) for query in questions[1:4]]
     scheduler.batch.end_ids = set()
     scheduler.submit([short, *endless])
-    while not endless[0].answer:
-        time.sleep(0.01)
+    until(lambda: endless[0].answer)
     started = time.monotonic()
     scheduler.close(seconds=1)
     assert not scheduler.thread.is_alive() and time.monotonic() - started >= 1
