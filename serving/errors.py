@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Sequence
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -10,9 +12,10 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from .grammar import GrammarError
-from .scheduler import QueueFull, ShuttingDown
+from .scheduler import QueueFull, ShuttingDown, TooMany
 
 logger = logging.getLogger("serving")
+TYPE_IN_PATH = re.compile(r"str|constrained-str|list\[.*\]")  # pydantic's, behind a field that takes two types
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -44,6 +47,8 @@ def as_api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, QueueFull):
         return ApiError(429, str(error), code="queue_full", retry_after=error.retry_after)
+    if isinstance(error, TooMany):
+        return ApiError(400, str(error), code="too_many_answers")
     if isinstance(error, ShuttingDown):
         return ApiError(503, str(error), code="shutting_down", retry_after=5)
     if isinstance(error, GrammarError):
@@ -54,13 +59,19 @@ def as_api_error(error: Exception) -> ApiError:
 
 def of_validation(error: RequestValidationError) -> ApiError:
     """The first fault of a body, with the path of its field."""
-    first = error.errors()[0]
-    path = ".".join(str(part) for part in first["loc"] if part != "body")
+    first = first_fault(error.errors())
+    path = ".".join(str(part) for part in first["loc"] if part != "body" and not TYPE_IN_PATH.fullmatch(str(part)))
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is no JSON: {first['ctx']['error']} at character {path}")
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"{path} is not known to this server", path, "unknown_parameter")
-    return ApiError(400, f"{path or 'the body'}: {first['msg']}", path or None)
+    return ApiError(400, f"{path or 'the body'}: {first['msg'].removeprefix('Value error, ')}", path or None)
+
+
+def first_fault(faults: Sequence[dict]) -> dict:
+    """Of a field that takes a text or a list there is a fault for each: the one of what was given counts."""
+    others = [one for one in faults if not (one["type"] == "string_type" and isinstance(one["input"], list))]
+    return (others or faults)[0]
 
 
 def install(app: FastAPI) -> None:
@@ -82,7 +93,7 @@ def install(app: FastAPI) -> None:
         path = f" ({request.method} {request.url.path})" if error.status_code in (404, 405) else ""
         return ApiError(error.status_code, f"{error.detail}{path}").response
 
-    for kind in (QueueFull, ShuttingDown, GrammarError):
+    for kind in (QueueFull, TooMany, ShuttingDown, GrammarError):
         app.add_exception_handler(kind, of_batch)
 
     @app.exception_handler(Exception)  # the server's own faults, which it logs

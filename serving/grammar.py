@@ -20,6 +20,7 @@ from .text import token_bytes
 
 STRICT = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":", "lenient": False}
 MAX_KEYS, MAX_DEPTH = 400, 40  # of a schema: time grows with the square of the keys, 0.1 s here
+MAX_TEXT = 1 << 14  # characters of it as JSON: what must follow is tokenized at each token, 10 ms of everybody's
 DIGITS = re.compile(rb"[0-9.]{17,}$")  # of a double
 
 
@@ -104,6 +105,8 @@ def json_grammars(tokenizer, vocab_size: int) -> Callable[[dict], Callable[[], J
 
     def compile(schema: dict) -> Callable[[], JsonGrammar]:
         check_size(schema)
+        if (length := len(json.dumps(schema, ensure_ascii=False))) > MAX_TEXT:
+            raise GrammarError(f"the schema has {length} characters as JSON: at most {MAX_TEXT} are taken")
         try:
             grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=STRICT)
         except ValueError as error:

@@ -10,6 +10,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+COLDEST = 1e-30  # of temperatures: quotients by less are no numbers, and only the likeliest token would be left
+
 
 class Grammar(Protocol):
     """What may follow in a constrained answer."""
@@ -29,7 +31,7 @@ class Token(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """`temperature` 0 is greedy; `top_k` 0 and `top_p` 1 leave all tokens in; the penalties are OpenAI's."""
+    """`temperature` 0 or nearly 0 is greedy; `top_k` 0, `top_p` 1 leave all tokens in; the penalties are OpenAI's."""
 
     temperature: float = 0.95
     top_k: int = 50
@@ -55,11 +57,10 @@ def choose(
     if sampling.presence_penalty or sampling.frequency_penalty:
         scores = penalized(scores, sampling, answer)
     allowed = scores if grammar is None else grammar.mask(scores)
-    if sampling.temperature == 0:
+    if sampling.temperature < COLDEST:
         chosen = int(allowed.argmax())
     else:
-        probabilities = warped(allowed / sampling.temperature, sampling).softmax(-1)
-        chosen = int(torch.multinomial(probabilities, 1, generator=generator))
+        chosen = drawn(allowed / sampling.temperature, sampling, generator)
     if grammar is not None:
         grammar.accept(chosen)
     return Token(chosen) if sampling.logprobs is None else with_logprobs(chosen, scores, sampling.logprobs)
@@ -73,18 +74,29 @@ def penalized(scores: Tensor, sampling: Sampling, answer: list[int]) -> Tensor:
     return scores.index_add(0, ids, -penalty)
 
 
-def warped(scores: Tensor, sampling: Sampling) -> Tensor:
-    """-inf for what top_k and then top_p leave out. Only the tokens that top_k left are sorted: sorting the whole
-    vocabulary for each row would cost more than the row's share of a small model."""
+def drawn(scores: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """With a seed it is the token that `generate` draws, whose draw takes a random number for each of the vocabulary:
+    3 ms a row. Without one nobody can tell, and only the tokens that are left get one."""
+    left = candidates(scores, sampling)
+    if sampling.seed is None:
+        return int(left[torch.multinomial(scores[left].softmax(-1), 1, generator=generator)])
+    only = torch.full_like(scores, float("-inf")).index_copy(0, left, scores[left])
+    return int(torch.multinomial(only.softmax(-1), 1, generator=generator))
+
+
+def candidates(scores: Tensor, sampling: Sampling) -> Tensor:
+    """The ids that top_k and then top_p leave in. Only what top_k left is sorted: sorting the whole vocabulary for
+    each row would cost more than the row's share of a small model."""
+    least = torch.finfo(scores.dtype).min  # what a grammar forbids has less
     if 0 < sampling.top_k < len(scores):
-        scores = scores.masked_fill(scores < scores.topk(sampling.top_k).values[-1], float("-inf"))
+        least = scores.topk(sampling.top_k).values[-1].clamp(min=least)
+    left = (scores >= least).nonzero()[:, 0]
     if sampling.top_p < 1:
-        left = scores.isfinite().nonzero()[:, 0]
         ascending, order = scores[left].sort()
         out = ascending.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
         out[-1] = False
-        scores = scores.index_fill(0, left[order[out]], float("-inf"))
-    return scores
+        left = left[order[~out]]
+    return left
 
 
 def with_logprobs(chosen: int, scores: Tensor, count: int) -> Token:

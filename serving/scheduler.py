@@ -14,9 +14,16 @@ logger = logging.getLogger("serving")
 class QueueFull(Exception):
     """As many requests wait as may. `retry_after`: seconds until there may be room."""
 
-    def __init__(self, waiting: int, retry_after: int):
-        super().__init__(f"{waiting} requests are waiting, which is all that may: try again in {retry_after} s")
+    def __init__(self, waiting: int, queue: int, retry_after: int):
+        super().__init__(f"{waiting} of at most {queue} answers are waiting: try again in {retry_after} s")
         self.retry_after = retry_after
+
+
+class TooMany(ValueError):
+    """One request asks for more answers than may ever wait."""
+
+    def __init__(self, asked: int, queue: int):
+        super().__init__(f"the request asks for {asked} answers, and at most {queue} may wait")
 
 
 class ShuttingDown(Exception):
@@ -46,14 +53,16 @@ class Scheduler:
         """Puts works into the queue, all of them or none.
 
         Raises:
-            QueueFull, ShuttingDown.
+            QueueFull, ShuttingDown, TooMany.
         """
+        if len(works) > self.queue:
+            raise TooMany(len(works), self.queue)
         with self.changed:
             if self.closing:
                 raise ShuttingDown
             if self.waiting + len(works) > self.queue:
                 seconds = self.waiting * self.batch.answer_seconds / self.batch.slots
-                raise QueueFull(self.waiting, min(max(1, round(seconds)), 120))
+                raise QueueFull(self.waiting, self.queue, min(max(1, round(seconds)), 120))
             self.inbox.extend(works)
             self.changed.notify()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from .sampling import Sampling
 
@@ -62,10 +62,16 @@ class Sampled(Ignored):
     logit_bias: dict | None = Field(None, max_length=0)
     stop: str | list[str] = []
 
+    @field_validator("stop")
+    @classmethod
+    def check_stop(cls, stop: str | list[str]) -> str | list[str]:
+        words = [stop] if isinstance(stop, str) else stop
+        if not all(words) or len(words) > 4 or any(len(word) > 256 for word in words):
+            raise ValueError("up to 4 texts of 1 to 256 characters")
+        return stop
+
     @model_validator(mode="after")
     def check(self):
-        if not all(self.stops) or len(self.stops) > 4 or any(len(word) > 256 for word in self.stops):
-            raise ValueError("stop takes up to 4 texts of 1 to 256 characters")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is for stream = true")
         return self
@@ -169,7 +175,7 @@ class OfficialRequest(BaseModel):
     """The `POST /` of the official repository's api.py, whose 0, "" and null mean the default."""
 
     prompt: Text
-    history: Annotated[list[tuple[str, str]], Field(max_length=MAX_MESSAGES)] | None = None
+    history: Annotated[list[tuple[Text, Text]], Field(max_length=(MAX_MESSAGES - 1) // 2)] | None = None
     max_length: int | None = Field(None, ge=0)
     top_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)

@@ -23,6 +23,26 @@ def settled(text: str) -> str:
     return held_back(text, [DATE_PLACEHOLDER]).rstrip(UNSETTLED_MARKS)
 
 
+class Decoded:
+    """`decode` of ids to which more are added, in the time that the new ones take.
+
+    The text so far ends with a whole character at `read`; what comes next is told apart by decoding it behind the
+    tokens from `start` to there, which print more than blanks, since those at the beginning of a text are not printed.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str]):
+        self.decode, self.text = decode, ""
+        self.start, self.read = 0, 0
+
+    def __call__(self, ids: list[int]) -> str:
+        known = self.decode(ids[self.start : self.read])
+        new = self.decode(ids[self.start :])[len(known) :]
+        if new.strip() and not new.endswith(UNFINISHED):
+            self.text, self.start, self.read = self.text + new, self.read, len(ids)
+            return self.text
+        return self.text + new
+
+
 class AnswerText:
     """`ready` is what later tokens cannot change, so it only grows; after the last token it is the whole text.
 
@@ -38,7 +58,7 @@ class AnswerText:
         clean: Callable[[str], str] | None = None,
         stop: Sequence[str] = (),
     ):
-        self.decode, self.clean, self.stop = decode, clean, list(stop)
+        self.decode, self.clean, self.stop = Decoded(decode), clean, list(stop)
         self.ready = ""
 
     def update(self, ids: list[int], finished: bool) -> bool:

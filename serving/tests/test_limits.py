@@ -54,8 +54,20 @@ BAD = [
     (CHAT, {"messages": HI, "top_p": 0}, "top_p"),
     (CHAT, {"messages": HI, "n": 9}, "n"),
     (CHAT, {"messages": HI, "n": True}, "n"),
-    (CHAT, {"messages": HI, "stop": ["a", "b", "c", "d", "e"]}, None),
-    (CHAT, {"messages": HI, "stop": ""}, None),
+    (CHAT, {"messages": HI, "stop": ["a", "b", "c", "d", "e"]}, "stop"),
+    (CHAT, {"messages": HI, "stop": ""}, "stop"),
+    (CHAT, {"messages": HI, "stop": ["", ""]}, "stop"),
+    (CHAT, {"messages": HI, "stop": [None]}, "stop"),
+    (CHAT, {"messages": HI, "n": -1}, "n"),
+    (CHAT, {"messages": HI, "logit_bias": {"5": 100}}, "logit_bias"),
+    (CHAT, {"messages": HI, "logprobs": 3}, "logprobs"),
+    (CHAT, {"messages": HI, "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    (CHAT, {"messages": HI, "stream_options": {"include_usage": True}}, None),
+    (CHAT, {"messages": HI, "temperature": float("-inf")}, "temperature"),
+    (CHAT, {"messages": HI, "response_format": "json_object"}, "response_format"),
+    (CHAT, {"messages": [user(None)]}, "messages.0.content"),
+    (CHAT, {"messages": [{"role": "\udfff", "content": "a"}]}, "messages.0.role"),
+    (CHAT, {"messages": HI, "\udfff": 1}, None),
     (CHAT, {"messages": HI, "stream": "yes"}, "stream"),
     (CHAT, {"messages": HI, "seed": 1 << 63}, "seed"),
     (CHAT, {"messages": HI, "top_logprobs": 2}, None),
@@ -75,12 +87,20 @@ BAD = [
     (TEXT, {"prompt": ""}, "prompt"),
     (TEXT, {"prompt": "a", "echo": True}, "echo"),
     (TEXT, {"prompt": ["a"] * 65}, "prompt"),
+    (TEXT, {"prompt": [["a"]]}, "prompt"),
+    (TEXT, {"prompt": ["a", ""]}, "prompt"),
+    (TEXT, {"prompt": ["a"] * 64, "n": 8, "max_tokens": 1}, None),
+    (VECTOR, {"input": []}, "input"),
+    (VECTOR, {"input": "很长" * 3000}, "input"),
     (VECTOR, {"input": [[5, 74874]]}, "input"),
     (VECTOR, {"input": "a", "dimensions": 3}, "dimensions"),
     (VECTOR, {"input": "a", "encoding_format": "hex"}, "encoding_format"),
     (OFFICIAL, {"history": []}, "prompt"),
     (OFFICIAL, {"prompt": "a", "history": [["b"]]}, "history"),
     (OFFICIAL, {"prompt": "a", "max_length": 100_000}, "max_length"),
+    (OFFICIAL, {"prompt": "a", "max_length": -1}, "max_length"),
+    (OFFICIAL, {"prompt": "a", "history": [["\ud800", "b"]]}, "history"),
+    (OFFICIAL, {"prompt": "a", "history": [["a", "b"]] * 300}, "history"),
 ]
 
 
@@ -91,11 +111,102 @@ def test_a_bad_request_is_a_400_that_names_its_field(served, path, body, param):
     assert heard.status == 400 and error["type"] == "invalid_request_error"
     assert set(error) == {"message", "type", "param", "code"} and 0 < len(error["message"]) < 1000
     assert param is None or error["param"].startswith(param)
+    assert "constrained" not in str(error) and "list[" not in str(error)  # names of pydantic's
     assert served.chat(max_tokens=2).status == 200
 
 
+def schema(**one):
+    asked = {"type": "json_schema", "json_schema": {"name": "x", "schema": one}}
+    return {"messages": HI, "max_tokens": 20, "temperature": 1, "seed": 1, "response_format": asked}
+
+
+DEEP = {"type": "integer"}
+for _ in range(60):
+    DEEP = {"type": "array", "items": DEEP}
+TRAPS = {
+    "the levels": DEEP,
+    "a loop": {"$ref": "#"},
+    "a loop of two": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}},
+    "another server": {"$ref": "http://127.0.0.1:1/x"},
+    "a file": {"$ref": "file:///etc/passwd"},
+    "what cannot be": {"type": "integer", "minimum": 5, "maximum": 4},
+    "nothing to choose from": {"enum": []},
+    "a contradiction": {"allOf": [{"type": "string"}, {"type": "integer"}]},
+    "a look-ahead": {"type": "string", "pattern": "^(?=a)b"},
+    "a format unknown": {"type": "string", "format": "nonsense"},
+    "multiples of nothing": {"type": "integer", "multipleOf": 0},
+    "a lone surrogate": {"enum": ["\ud800"]},
+    "a lone surrogate as a key": {"type": "object", "properties": {"\ud800": {"type": "null"}}},
+    "a text that is tokenized at each token": {"const": "x" * 60_000},
+}
+
+
+@pytest.mark.parametrize("name", TRAPS)
+def test_a_schema_that_is_a_trap_is_a_400(served, name):
+    heard = served.post(CHAT, schema(**TRAPS[name]))
+    assert heard.status == 400 and heard.json["error"]["param"] == "response_format"
+
+
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b"[]", b"null", b'"text"', b"\xff\xfe", b"[" * 20_000, b'{"messages": NaN}']
+    "one",
+    [
+        {"type": "string", "pattern": "^(a+)+$"},
+        {"type": "string", "pattern": "^(a{1,1000}){1,1000}$"},
+        {"type": "string", "minLength": 10**9},
+        {"type": "array", "items": {"type": "integer"}, "minItems": 10**9, "maxItems": 10**12},
+        {"type": "string", "x-guidance": {"whitespace_flexible": True, "lenient": True}},
+    ],
+)
+def test_a_schema_without_an_end_is_cut_by_max_tokens(served, one):
+    heard = served.post(CHAT, schema(**one)).json["choices"][0]
+    assert heard["finish_reason"] == "length" and heard["message"]["content"][0] in '"['
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-40, 1e-31])
+@pytest.mark.parametrize("seed", [None, 3])
+def test_a_temperature_of_nearly_nothing_is_greedy(served, temperature, seed):
+    coldest = served.chat(max_tokens=6).json["choices"][0]["message"]
+    assert served.chat(max_tokens=6, temperature=temperature, seed=seed).json["choices"][0]["message"] == coldest
+    official = {"prompt": "你好", "max_length": 30}
+    greedy = served.post(OFFICIAL, {**official, "top_p": 1e-320}).json["response"]
+    assert served.post(OFFICIAL, {**official, "temperature": temperature}).json["response"] == greedy
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"top_p": 1e-320},
+        {"top_k": 1 << 70},
+        {"stop": "\x00"},
+        {"stop": "\ud800"},
+        {"user": "\ud800", "metadata": [[[]]]},
+        {"logit_bias": {}},
+        {"seed": -(1 << 63)},
+        {"frequency_penalty": -2, "presence_penalty": 2},
+    ],
+)
+def test_odd_values_that_mean_something_are_served(served, odd):
+    assert served.chat(**{"temperature": 1, "max_tokens": 3, **odd}).status == 200
+
+
+@pytest.mark.parametrize("text", ["", "   ", "\x00a\x00", "\u202e\ufeff\u200b", "😀" * 50, "\r\n\t" * 20])
+def test_odd_texts_are_questions(served, text):
+    assert served.chat(text, max_tokens=3).status == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"text"',
+        b"\xff\xfe",
+        b"[" * 20_000,
+        b'{"messages": NaN}',
+        b'{"n":' + b"9" * 5000 + b"}",
+    ],
 )
 def test_a_body_that_is_no_json_object_is_a_400(served, body):
     heard = served.post(CHAT, body)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from serving.sampling import Sampling, choose
-from serving.text import AnswerText, token_bytes
+from serving.text import AnswerText, Decoded, token_bytes
 
 
 @pytest.mark.parametrize("top_k", [0, 1, 5, 50])
@@ -31,6 +33,17 @@ def test_equal_scores_at_the_edge_of_top_k_all_stay():
         sampling = Sampling(temperature=1, top_k=2, top_p=1, seed=seed)
         drawn.add(choose(scores, sampling, sampling.generator("cpu"), [], None).id)
     assert drawn == {1, 2, 3}
+
+
+def test_without_a_seed_tokens_are_drawn_as_often_as_they_should():
+    probabilities, draws = torch.tensor([0.4, 0.3, 0.2, 0.07, 0.03]), 4000
+    sampling = Sampling(temperature=1.0, top_k=4, top_p=0.9)
+    expected = torch.tensor([4 / 9, 3 / 9, 2 / 9, 0, 0])  # top_k leaves the last out, then top_p the one before it
+    generator, counts = torch.Generator().manual_seed(0), torch.zeros(5)
+    for _ in range(draws):
+        counts[choose(probabilities.log(), sampling, generator, [], None).id] += 1
+    deviation = (expected * (1 - expected) * draws).sqrt()
+    assert ((counts - draws * expected).abs() <= 5 * deviation).all(), counts
 
 
 def test_penalties_are_those_of_the_interface():
@@ -71,6 +84,37 @@ def test_what_is_ready_only_grows_and_ends_as_the_whole_text(tiny, clean, stop):
         ends = [whole.index(word) for word in stop if word in whole]
         expected = whole[: min(ends)] if ends else whole
         assert found == bool(ends) and growing.ready == (expected.rstrip() if clean else expected)
+
+
+def check_growing_text(tokenizer, size):
+    """At each token the text of all of them, whatever they are."""
+    chance = random.Random(0)
+    often = tokenizer.encode_text("a \n\t  , 好😀𝄞") + [tokenizer.unk_token_id, tokenizer.eos_token_id, 0]
+    for _ in range(150):
+        share, ids = chance.choice([0.2, 0.5, 0.9]), []
+        growing = Decoded(tokenizer.decode)
+        for _ in range(30):
+            ids.append(chance.choice(often) if chance.random() < share else chance.randrange(size))
+            assert growing(ids) == growing(ids) == tokenizer.decode(ids), ids
+
+
+def test_a_text_that_grows_is_at_each_token_that_of_all_tokens(tiny):
+    tokenizer, model = tiny
+    check_growing_text(tokenizer, model.config.vocab_size)
+
+
+def test_a_text_of_the_real_vocabulary_grows_likewise(tiny, real_sp_model):
+    check_growing_text(type(tiny[0])(str(real_sp_model)), 130528)
+
+
+def test_a_token_late_in_a_text_takes_no_longer_to_decode_than_an_early_one(tiny):
+    tokenizer, _ = tiny
+    decoded, ids = [], tokenizer.encode_text("清华大学在北京 hello 😀\n" * 50)
+    growing = Decoded(lambda some: decoded.append(len(some)) or tokenizer.decode(some))
+    for count in range(1, len(ids) + 1):
+        growing(ids[:count])
+    longest = max(len(tokenizer.encode_text(char)) for char in "清😀")
+    assert len(ids) > 300 and max(decoded) <= 2 * longest + 2
 
 
 def check_bytes(tokenizer, size):
