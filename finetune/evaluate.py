@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from finetune.collators import ExampleCollator
 from finetune.data import IGNORED, Example, Sizes, encode_all, read_exchanges
-from finetune.methods import load_base, load_tuned
+from finetune.methods import DTYPES, load_base, load_tuned
 from finetune.scores import TOKENS_A_BATCH, by_length, own_answers, share
 from package import package_module
 
@@ -41,6 +41,13 @@ def arguments_of(words: list[str] | None) -> argparse.Namespace:
         choices=(0, 4, 8),
         default=[0],
         help="formats to measure each model in; 0: its own",
+    )
+    add(
+        "--dtype",
+        nargs="+",
+        choices=DTYPES,
+        default=["auto"],
+        help="of the weights that are no integers; auto: as stored",
     )
     add("--tuned", type=Path, help="what train.py saved: measured on each model")
     add("--data", type=Path, help="jsonl, as train.py reads it")
@@ -63,7 +70,8 @@ def arguments_of(words: list[str] | None) -> argparse.Namespace:
 def main(words: list[str] | None = None) -> list[dict]:
     options = arguments_of(words)
     try:
-        rows = [measured(path, bits, options) for path in options.model for bits in options.bits]
+        formats = [(bits, dtype) for bits in options.bits for dtype in options.dtype]
+        rows = [measured(path, *format, options) for path in options.model for format in formats]
     except ImportError as error:
         raise SystemExit(f"error: {error.name} is missing: {NEEDS}") from error
     except ValueError as error:
@@ -74,12 +82,12 @@ def main(words: list[str] | None = None) -> list[dict]:
     return rows
 
 
-def measured(path: str, bits: int, options: argparse.Namespace) -> dict:
+def measured(path: str, bits: int, dtype: str, options: argparse.Namespace) -> dict:
     """One line of the table."""
-    model, tokenizer = load_tuned(path, options.tuned, bits) if options.tuned else load_base(path, bits)
+    wanted = (bits, DTYPES[dtype])
+    model, tokenizer = load_tuned(path, options.tuned, *wanted) if options.tuned else load_base(path, *wanted)
     model = model.to(options.device).eval()
-    held = model.config.quantization_bit
-    row = {"model": path, "weights": f"INT{held}" if held else str(model.dtype).removeprefix("torch.")}
+    row = {"model": path, "weights": format_of(model)}
     if options.data:
         row |= on_conversations(model, tokenizer, options)
     if options.tasks:
@@ -87,6 +95,12 @@ def measured(path: str, bits: int, options: argparse.Namespace) -> dict:
     del model
     gc.collect()
     return row
+
+
+def format_of(model: nn.Module) -> str:
+    """As "bfloat16", or "INT4, float32" where the rest of the numbers is float32."""
+    held, rest = model.config.quantization_bit, str(model.dtype).removeprefix("torch.")
+    return f"INT{held}, {rest}" if held else rest
 
 
 # ---- A file of conversations ----------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from transformers import AutoModel, AutoTokenizer
 from finetune.adapters import add_lora, load_lora
 
 METHODS = ("ptuning", "lora", "full")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 PREFIX = "transformer.prefix_encoder."  # of the official keys
 PREFIX_FILE = "pytorch_model.bin"  # which the official evaluation reads
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shutil
 import sys
 import time
 from pathlib import Path
 
-import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 
@@ -24,14 +24,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from finetune.collators import ExampleCollator
 from finetune.curve import Curve
 from finetune.data import Columns, Example, Exchange, Sizes, encode_all, read_exchanges
-from finetune.methods import METHODS, fill_prefix, load_base, save_prefix, trainable
+from finetune.methods import DTYPES, METHODS, fill_prefix, load_base, save_prefix, trainable
+from finetune.processes import check_launch, how_many, is_split, save_whole, shard_on_cpus, sharding
 from finetune.sampler import SimilarLengths
 from finetune.scores import answered, own_answers, share
 
 # Adam's steps have to shrink with the width: these are for 4,096 columns, as the official recipe has them for two.
 LEARNING_RATE = {"ptuning": 2e-2, "lora": 3e-4, "full": 1e-4}
 LARGEST_RATE = {"ptuning": 1e-1, "lora": 1e-2, "full": 3e-3}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 REPORT, ARGUMENTS, REPLAYED, BEFORE = "report.json", "arguments.json", "replay.json", "before.json"  # in --out
 MAY_CHANGE = ("resume", "log_every", "save_every")  # between a run and its resumption
 
@@ -41,14 +41,22 @@ class Tuner(Trainer):
 
     tunes_prefix = False
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            shard_on_cpus(self)
+
     def _get_train_sampler(self, train_dataset=None) -> SimilarLengths:
         lengths = [len(example.ids) for example in train_dataset or self.train_dataset]
         return SimilarLengths(lengths, self.args.train_batch_size, self.args.seed)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.tunes_prefix:
-            return super()._save(output_dir, state_dict)
-        return save_prefix(self.accelerator.unwrap_model(self.model), Path(output_dir or self.args.output_dir))
+        if not (self.tunes_prefix or is_split(self.model)):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save and is_split(self.model):
+            save_whole(self.model, state_dict, output_dir)
+        elif self.args.should_save:
+            save_prefix(self.accelerator.unwrap_model(self.model), Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self.tunes_prefix:
@@ -88,6 +96,8 @@ def arguments_of(words: list[str] | None) -> argparse.Namespace:
     add("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
     add("--save-every", type=int, default=100, help="steps between checkpoints, from which a killed run goes on")
     add("--log-every", type=int, default=10)
+    add("--fsdp", action="store_true", help="each of several processes holds a part of the model (FSDP2)")
+    add("--deepspeed", type=Path, metavar="FILE", help="DeepSpeed's settings, as deepspeed.json beside this file")
     add("--device", choices=("auto", "cpu"), default="auto")
     options = parser.parse_args(words)
     for name in ("steps", "batch", "accumulate", "rank", "pre_seq_len", "save_every", "log_every"):
@@ -99,6 +109,8 @@ def arguments_of(words: list[str] | None) -> argparse.Namespace:
         parser.error("--replay needs prompts: give --replay-prompts FILE or --check-chat FILE")
     if options.method == "full" and options.bits:
         parser.error("--method full --bits: integers cannot be tuned; use --method lora or ptuning")
+    if problem := check_launch(options):
+        parser.error(problem)
     return options
 
 
@@ -126,17 +138,19 @@ def tune(options: argparse.Namespace) -> dict:
     report = {
         "before": once(options.out / BEFORE, lambda: scores(base, tokenizer, exchanges, examples, chat, options))
     }
+    set_seed(options.seed)  # again: how much chance was used so far is not the same in all processes
     if options.method == "ptuning":
         del base
         base, _ = load_base(options.model, options.bits, DTYPES[options.dtype], **prefix)
-    set_seed(options.seed)
     model = trainable(base, options.method, options.rank, options.alpha, options.dropout)
     trainer = trainer_of(model, tokenizer, examples + replay, options)
+    if trainer.is_world_process_zero():
+        print(f"{how_many()} processes x {options.accumulate} batches x {options.batch} examples a step")
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     report["seconds"] = round(time.perf_counter() - started, 1)
     report["loss"] = [row["loss"] for row in trainer.state.log_history if "loss" in row][-1:]
-    if trainer.is_world_process_zero():
+    if options.fsdp or trainer.is_world_process_zero():  # of whose parts all processes are needed
         report["after"] = scores(model, tokenizer, exchanges, examples, chat, options)
     finish(trainer, tokenizer, options, report)
     return report
@@ -174,11 +188,12 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def settings_of(options: argparse.Namespace) -> dict:
-    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k not in MAY_CHANGE}
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k not in MAY_CHANGE}
+    return {**settings, "processes": how_many()}
 
 
 def write_json(path: Path, content) -> None:
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(f".{os.environ.get('RANK', 0)}.partial")  # each process may write the same
     partial.write_text(
         json.dumps(content, ensure_ascii=False, indent=None if isinstance(content, list) else 2) + "\n",
         encoding="utf-8",
@@ -252,6 +267,8 @@ def trainer_of(model, tokenizer, examples: list[Example], options: argparse.Name
         remove_unused_columns=False,
         use_cpu=options.device == "cpu",
         report_to=[],
+        deepspeed=str(options.deepspeed) if options.deepspeed else None,
+        **(sharding() if options.fsdp else {}),
     )
     trainer = Tuner(model, arguments, ExampleCollator(tokenizer), examples, callbacks=[Curve(options.out)])
     trainer.tunes_prefix = options.method == "ptuning"

@@ -31,11 +31,36 @@ def test_one_command_makes_a_table_of_formats_and_tasks(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert json.loads((tmp_path / "figures.json").read_text()) == found and table(found) in printed
     plain, int4 = found
-    assert (plain["weights"], int4["weights"]) == ("float32", "INT4")
+    assert (plain["weights"], int4["weights"]) == ("float32", "INT4, float32")
     assert plain["exact match"] == 0.5 and 0 < plain["ROUGE-L"] < 1 and 0 < plain["BLEU-4"] < 1
     assert plain["tiny_choice acc"] == plain["tiny_answer exact_match"] == 1
     assert 1 < plain["tiny_text byte_perplexity"] < 2 and plain["perplexity"] != int4["perplexity"]
-    assert printed.count("| INT4 |") == 1 and "| 50.0% |" in printed
+    assert printed.count("| INT4, float32 |") == 1 and "| 50.0% |" in printed
+
+
+def test_sixteen_bits_stand_beside_integers(tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "你好", "response": "你好"}\n', encoding="utf-8")
+    words = [
+        "--model",
+        TINY,
+        "--data",
+        str(data),
+        "--bits",
+        "0",
+        "4",
+        "--dtype",
+        "bfloat16",
+        "float16",
+        "--max-target",
+        "8",
+    ]
+    rows = evaluate.main(words)
+    assert [row["weights"] for row in rows] == ["bfloat16", "float16", "INT4, bfloat16", "INT4, float16"]
+    exact = evaluate.main(words[:4])[0]
+    assert exact["weights"] == "float32" and len({row["perplexity"] for row in [exact, *rows]}) == 5
+    for row in rows[:2]:  # 2**-8 and less in each of some dozen sums, and logits up to about 20
+        assert math.isclose(math.log(row["perplexity"]), math.log(exact["perplexity"]), abs_tol=20 * 12 * 2**-8)
 
 
 @torch.no_grad()

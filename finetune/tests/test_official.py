@@ -42,11 +42,11 @@ def words_of(script: str, **changes) -> list[str]:
     return words
 
 
-def run(words: list[str]) -> str:
+def run(words: list[str], data: Path) -> str:
     environment = {
         **os.environ,
         "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1",
-        "HF_MODULES_CACHE": f"{os.environ.get('HF_MODULES_CACHE', '/tmp/modules')}-official",
+        "HF_MODULES_CACHE": str(data / "modules"),
     }
     done = subprocess.run(
         [PYTHON, "main.py", *words], cwd=FOLDER, env=environment, capture_output=True, text=True, timeout=900
@@ -75,16 +75,16 @@ def options(data: Path, chat: str = "") -> dict:
 @pytest.mark.parametrize("script, chat", [("train.sh", ""), ("train_chat.sh", "chat-")])
 def test_p_tuning_trains_saves_the_prefix_goes_on_and_is_evaluated(data, script, chat):
     out = data / f"out-{script}"
-    run(words_of(script, **options(data, chat), output_dir=out))
+    run(words_of(script, **options(data, chat), output_dir=out), data)
     state = torch.load(out / "checkpoint-2" / "pytorch_model.bin", weights_only=True)
     assert set(state) == {"transformer.prefix_encoder.embedding.weight"}
     again = {**options(data, chat), "max_steps": 3, "resume_from_checkpoint": out / "checkpoint-2"}
-    run(words_of(script, **again, output_dir=out))
+    run(words_of(script, **again, output_dir=out), data)
     log = json.loads((out / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3]  # of both runs
     quick = {"no_cuda": True, "cache_dir": data / "cache", "model_name_or_path": ROOT / "tiny"}
     files = {"validation_file": data / "dev.json", "test_file": data / "dev.json"}
-    run(words_of("evaluate.sh", **quick, **files, ptuning_checkpoint=out / "checkpoint-3", output_dir=out))
+    run(words_of("evaluate.sh", **quick, **files, ptuning_checkpoint=out / "checkpoint-3", output_dir=out), data)
     predicted = (out / "generated_predictions.txt").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["labels"] for line in predicted] == [answer for _, answer in ROWS]
 
@@ -92,8 +92,11 @@ def test_p_tuning_trains_saves_the_prefix_goes_on_and_is_evaluated(data, script,
 def test_full_tuning_trains_and_is_evaluated_from_its_checkpoint(data):
     out = data / "out-full"
     plain = {**options(data), "fp16": None, "deepspeed": None, "test_file": data / "dev.json"}  # those want a GPU
-    run(words_of("ds_train_finetune.sh", **plain, output_dir=out))
+    run(words_of("ds_train_finetune.sh", **plain, output_dir=out), data)
     quick = {"no_cuda": True, "cache_dir": data / "cache", "fp16_full_eval": None}
     files = {"validation_file": data / "dev.json", "test_file": data / "dev.json"}
-    run(words_of("evaluate_finetune.sh", **quick, **files, model_name_or_path=out / "checkpoint-2", output_dir=out))
+    run(
+        words_of("evaluate_finetune.sh", **quick, **files, model_name_or_path=out / "checkpoint-2", output_dir=out),
+        data,
+    )
     assert len((out / "generated_predictions.txt").read_text(encoding="utf-8").splitlines()) == len(ROWS)
