@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import sys
 import time
 from pathlib import Path
 
 import torch
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -43,6 +47,16 @@ def random_model(layers: int, bits: int, pre_seq_len: int | None) -> torch.nn.Mo
     return model
 
 
+def peak_memory() -> float | None:
+    """GiB: the most that tensors of this process held on a GPU, or, if none were there, that it held in main memory;
+    None where the system does not say (Windows)."""
+    held = torch.cuda.max_memory_allocated()
+    if not held and resource:
+        unit = 1 if sys.platform == "darwin" else 2**10  # bytes of what getrusage counts in
+        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return round(held / 2**30, 2) or None
+
+
 def measure(method: str, bits: int, layers: int, tokens: int, steps: int, answers) -> None:
     torch.manual_seed(0)
     model = random_model(layers, bits, 128 if method == "ptuning" else None)
@@ -61,8 +75,7 @@ def measure(method: str, bits: int, layers: int, tokens: int, steps: int, answer
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - started)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    answers.put((peak, min(seconds), sum(parameter.numel() for parameter in trained)))
+    answers.put((peak_memory(), min(seconds), sum(parameter.numel() for parameter in trained)))
 
 
 def main() -> None:
@@ -81,7 +94,7 @@ def main() -> None:
         process.start()
         peak, seconds, trained = answers.get()
         process.join()
-        print(f"{layers} layers: peak {peak:.2f} GiB, {seconds:.1f} s a step, {trained:,} numbers trained", flush=True)
+        print(f"{layers} layers: peak {peak} GiB, {seconds:.1f} s a step, {trained:,} numbers trained", flush=True)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from finetune.collators import ExampleCollator
 from finetune.curve import Curve
 from finetune.data import Columns, Example, Exchange, Sizes, encode_all, read_exchanges
+from finetune.memory import peak_memory
 from finetune.methods import DTYPES, METHODS, fill_prefix, load_base, save_prefix, trainable
 from finetune.processes import check_launch, how_many, is_split, save_whole, shard_on_cpus, sharding
 from finetune.sampler import SimilarLengths
@@ -143,12 +144,14 @@ def tune(options: argparse.Namespace) -> dict:
         del base
         base, _ = load_base(options.model, options.bits, DTYPES[options.dtype], **prefix)
     model = trainable(base, options.method, options.rank, options.alpha, options.dropout)
-    trainer = trainer_of(model, tokenizer, examples + replay, options)
+    trainer = trainer_of(model, tokenizer, mixed(examples, replay), options)
     if trainer.is_world_process_zero():
         print(f"{how_many()} processes x {options.accumulate} batches x {options.batch} examples a step")
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     report["seconds"] = round(time.perf_counter() - started, 1)
+    report["steps"] = options.steps - (step_of(checkpoint) if checkpoint else 0)
+    report["gib"] = peak_memory()
     report["loss"] = [row["loss"] for row in trainer.state.log_history if "loss" in row][-1:]
     if options.fsdp or trainer.is_world_process_zero():  # of whose parts all processes are needed
         report["after"] = scores(model, tokenizer, exchanges, examples, chat, options)
@@ -175,7 +178,11 @@ def judge_output(options: argparse.Namespace) -> Path | None:
             f"--out {options.out} holds a run with {'; '.join(other)}: repeat those, or name another folder"
         )
     whole = [path for path in options.out.glob("checkpoint-*") if is_whole(path)]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return max(whole, key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -227,6 +234,11 @@ def replayed(options: argparse.Namespace, base, tokenizer, columns: Columns, siz
         raise ValueError(f"--replay {options.replay}: the file has {len(asked)} prompts")
     asked = random.Random(options.seed).sample(asked, options.replay)
     return [Example(*row) for row in once(options.out / REPLAYED, lambda: own_answers(base, tokenizer, asked, sizes))]
+
+
+def mixed(examples: list[Example], replay: list[Example]) -> list[Example]:
+    """What an epoch trains on: the new ones so often that they are half of it, or few drown in a large replay."""
+    return examples * max(1, round(len(replay) / len(examples))) + replay
 
 
 def scores(model, tokenizer, exchanges: list[Exchange], examples: list[Example], chat: list[Example], options) -> dict:
@@ -293,7 +305,11 @@ def finish(trainer: Tuner, tokenizer, options: argparse.Namespace, report: dict)
     print(f"new task, answered word for word: {before['task']:.1%} before, {after['task']:.1%} after")
     if "chat" in after:
         print(f"old chat, answered word for word: {before['chat']:.1%} before, {after['chat']:.1%} after")
-    print(f"{report['megabytes']} MB in {options.out}, {options.steps} steps, {report['seconds']} s")
+    rate, peak = report["steps"] / report["seconds"], report["gib"]
+    print(
+        f"{report['steps']} steps in {report['seconds']} s, {rate:.1f} a second" + f"; {peak} GiB at most" * bool(peak)
+    )
+    print(f"{report['megabytes']} MB in {options.out}")
     for path in options.out.glob("checkpoint-*"):
         shutil.rmtree(path)
     write_json(options.out / REPORT, report)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from finetune import train
+from finetune.data import Example
 from finetune.methods import PREFIX, PREFIX_FILE, kind_of, load_tuned
 from finetune.train import Tuner
 
@@ -108,6 +109,7 @@ def test_a_killed_run_goes_on_with_equal_losses(data, tmp_path, monkeypatch, met
     (killed / "checkpoint-6").mkdir()
     (killed / "checkpoint-6" / "trainer_state.json").write_text("{")
     report = train.main([str(killed) if word == "OUT" else word for word in words])
+    assert report["steps"] == 5 and report["gib"] > 0  # what its seconds are for: those from the checkpoint on
     assert losses(killed) == losses(whole) and len(losses(whole)) == 8
     assert report["loss"] == json.loads((whole / "report.json").read_text())["loss"]
 
@@ -194,6 +196,13 @@ def test_replay_mixes_the_models_own_answers_and_prints_the_old_chat(data, tmp_p
     replay = json.loads((tmp_path / "out" / "replay.json").read_text())
     assert len(replay) == 2 and all(1605 in ids and labels.count(-100) < len(ids) for ids, labels, _ in replay)
     assert "old chat, answered word for word: 66.7% before" in capsys.readouterr().out
+
+
+def test_new_examples_are_half_of_what_is_trained_beside_a_larger_replay():
+    new, old = [Example([place], [place], "") for place in range(3)], Example([9], [9], "")
+    assert train.mixed(new, []) == new and train.mixed(new, [old]) == [*new, old]
+    of_twelve = train.mixed(new, [old] * 12)
+    assert len(of_twelve) == 24 and of_twelve.count(old) == 12 and all(of_twelve.count(one) == 4 for one in new)
 
 
 def test_checkpoints_of_p_tuning_hold_the_prefix_alone(data, tmp_path, monkeypatch):
