@@ -6,6 +6,7 @@ import contextlib
 import copy
 import doctest
 import functools
+import gc
 import hashlib
 import inspect
 import json
@@ -14,6 +15,7 @@ import re
 import shutil
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,7 @@ from chatglm_slim.sentencepiece_file import (
     complete_processor,
     read_complete,
 )
-from chatglm_slim.tokenization_chatglm import ChatGLMTokenizer
+from chatglm_slim.tokenization_chatglm import IS_TRANSFORMERS_5, ChatGLMTokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
@@ -937,7 +939,7 @@ def streamed(twin, ids) -> str:
     return "".join(filter(None, (stream.step(twin, index) for index in ids)))
 
 
-has_streams = pytest.mark.skipif(not hasattr(decoders, "DecodeStream"), reason="this tokenizers has no DecodeStream")
+has_streams = pytest.mark.skipif(not IS_TRANSFORMERS_5, reason="`transformers serve` streams from 5 on")
 
 
 @has_streams
@@ -963,6 +965,33 @@ def test_a_decode_stream_waits_for_whole_characters_and_knows_added_tokens(tiny_
     assert streamed(tokenizer._tokenizer, tokenizer.convert_tokens_to_ids(half)) == "a"
     assert streamed(tokenizer._tokenizer, tokenizer.convert_tokens_to_ids(whole)) == "a龘"
     assert not tokenizer.is_fast, "encoding stays SentencePiece's"
+
+
+@has_streams
+def test_what_streams_decode_with_is_made_once_and_anew_for_added_tokens_and_stays_out_of_copies(tiny_sp_model):
+    tokenizer = ChatGLMTokenizer(str(tiny_sp_model))
+    before, twin = pickle.dumps(tokenizer), tokenizer._tokenizer
+    assert tokenizer._tokenizer is twin and pickle.dumps(tokenizer) == before
+    assert copy.copy(tokenizer)._tokenizer is not twin
+    for other in (copy.deepcopy(tokenizer), pickle.loads(before), tokenizer):
+        other.add_tokens(["<mine>"])
+        assert streamed(other._tokenizer, other.encode("a<mine>b", add_special_tokens=False)) == "a <mine> b"
+    assert tokenizer._tokenizer is not twin
+
+
+@has_streams
+def test_a_tokenizer_that_streamed_is_freed_when_nobody_has_it(tiny_sp_model):
+    tokenizer = ChatGLMTokenizer(str(tiny_sp_model))
+    assert streamed(tokenizer._tokenizer, tokenizer.encode_text("你好")) == "你好"
+    seen = weakref.ref(tokenizer)
+    del tokenizer
+    gc.collect()
+    assert seen() is None
+
+
+@pytest.mark.skipif(IS_TRANSFORMERS_5, reason="what transformers 4 does at loading")
+def test_loading_makes_nothing_for_streams_on_transformers_4(tiny):
+    assert not hasattr(tiny, "_tokenizer")
 
 
 # ---- properties ----------------------------------------------------------------------------------------------
