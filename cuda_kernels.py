@@ -335,13 +335,11 @@ def dequantize(weight: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> 
 
 
 def quantize(weight: Tensor, bits: int) -> tuple[Tensor, Tensor] | None:
-    """What `quantization.quantize_weight(weight, bits)` gives, bit for bit."""
+    """What `quantization.quantize_weight(weight, bits)`, which checks the shape, gives, bit for bit."""
     kernels = _kernels_for(weight)
     if kernels is None or weight.dtype not in _ELEMENTS:
         return None
     rows, columns = weight.shape
-    if bits not in (4, 8) or columns * bits % 8:
-        raise ValueError(f"cannot pack {columns} columns into {bits} bits: bits is 4 or 8, and 4 needs an even width")
     packed = torch.empty(rows, columns * bits // 8, dtype=torch.int8, device=weight.device)
     scale_dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float16
     scale = torch.empty(rows, dtype=scale_dtype, device=weight.device)
@@ -366,14 +364,12 @@ def _describe(weight: Tensor, scale: Tensor, bits: int) -> _Matrix | None:
 
 @functools.lru_cache(maxsize=4096)  # a matrix is multiplied once a token, from the same place: 112 in the 6B model
 def _matrix(packed, packed_shape, packed_dtype, scale, scale_shape, scale_dtype, bits) -> _Matrix | None:
-    if bits not in (4, 8) or packed_dtype != torch.int8 or len(packed_shape) != 2:
-        raise ValueError(
-            f"a quantized weight is int8 [N, K] or [N, K/2], bits 4 or 8; not {packed_dtype}, {bits} bits"
-        )
     rows, columns = packed_shape[0], packed_shape[1] * 8 // bits
     groups = scale_shape[1] if len(scale_shape) == 2 else 1
-    if len(scale_shape) not in (1, 2) or scale_shape[0] != rows or groups == 0 or columns % groups:
-        raise ValueError(f"scales {tuple(scale_shape)} do not fit a weight of {rows} rows and {columns} columns")
+    if packed_dtype != torch.int8 or scale_shape not in ((rows,), (rows, groups)) or not groups or columns % groups:
+        raise ValueError(
+            f"scales {tuple(scale_shape)} do not fit a weight of {rows} rows and {columns} columns in {packed_dtype}"
+        )
     group = columns // groups
     is_power = group & (group - 1) == 0
     if columns % 8 or packed % 16 or scale_dtype not in _ELEMENTS or groups > 1 and not (is_power and group >= 8):

@@ -128,9 +128,7 @@ def _prompt(system: str, texts: list[str], generation: bool = True) -> str:
     return text if generation else text[: -len("答：")]
 
 
-def _chat_parts(
-    messages: list[Any], add_generation_prompt: bool = False, continue_final_message: bool = False
-) -> tuple[str, ...]:
+def _chat_parts(messages: list, add_generation_prompt=False, continue_final_message=False) -> tuple[str, ...]:
     """The text of the prompt, and that of the answer where the conversation ends with one."""
     system, texts = _split(messages)
     if not texts:
@@ -183,15 +181,16 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         clean_up_tokenization_spaces: bool = False,
         **kwargs: Any,
     ) -> None:
-        # transformers >= 4.34 asks for the vocabulary while its own __init__ runs
-        self.sp, complete = read_complete(vocab_file or Path(kwargs.get("name_or_path") or "", VOCAB_FILE))
-        self.vocab_file = vocab_file
-        self.num_image_tokens = (0 if complete else IMAGE_TOKENS) if num_image_tokens is None else num_image_tokens
-        if type(self.num_image_tokens) is not int or not 0 <= self.num_image_tokens <= IMAGE_TOKENS:
-            raise ValueError(f"num_image_tokens is {num_image_tokens!r}: it is 0 (slim) or {IMAGE_TOKENS} (full).")
         if bos_token is None or eos_token is None:
             raise ValueError(f"bos_token is {bos_token}, eos_token {eos_token}: every prompt needs <sop> and <eop>.")
-        self.do_lower_case, self.remove_space = do_lower_case, remove_space
+        self.sp, complete = read_complete(vocab_file or Path(kwargs.get("name_or_path") or "", VOCAB_FILE))
+        self.vocab_file = vocab_file
+        offset = (0 if complete else IMAGE_TOKENS) if num_image_tokens is None else num_image_tokens
+        if type(offset) is not int or not 0 <= offset <= IMAGE_TOKENS:
+            raise ValueError(f"num_image_tokens is {offset!r}: it is 0 (slim) or {IMAGE_TOKENS} (full).")
+        own = {"num_image_tokens": offset, "do_lower_case": do_lower_case, "remove_space": remove_space}
+        own["clean_up_tokenization_spaces"] = clean_up_tokenization_spaces
+        vars(self).update(own)  # transformers >= 4.34 asks for the vocabulary while its own __init__ runs
         self.split_special_tokens = bool(kwargs.get("split_special_tokens", False))  # below 4.34, nobody else does
         # tokenizer_config.json of the first release says </s>, but the model has always ended answers with <eop>
         eos_token = "<eop>" if str(eos_token) == str(end_token) else eos_token
@@ -199,15 +198,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         # a special token swallows the white space beside it, as all of them did before transformers 4.34
         form = {"lstrip": True, "rstrip": True, "normalized": False}
         special = {f"{name}_token": token and AddedToken(str(token), **form) for name, token in tokens.items()}
-        super().__init__(
-            **special,
-            do_lower_case=do_lower_case,
-            remove_space=remove_space,
-            num_image_tokens=self.num_image_tokens,
-            clean_up_tokenization_spaces=clean_up_tokenization_spaces,
-            **_settings(kwargs),
-        )
-        self.clean_up_tokenization_spaces = clean_up_tokenization_spaces
+        super().__init__(**special, **own, **_settings(kwargs))
         self.gmask_token, self.end_token = str(gmask_token), str(end_token)  # no special tokens to transformers
         self.gmask_token_id, self.end_token_id = map(self._convert_token_to_id, (self.gmask_token, self.end_token))
         # up to 4.33 only from_pretrained made them one token in text, and from 5.0 on they lose their flags
@@ -253,17 +244,11 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     @property
     def sp_tokenizer(self) -> OfficialParts:
         """The official code's name for what does the work, for programs that reach into it."""
-        pieces = self.sp.get_piece_size()
-        return OfficialParts(
-            tokenizer=self,
-            vocab_file=self.vocab_file,
-            text_tokenizer=SimpleNamespace(sp=self.sp, num_tokens=pieces),
-            num_image_tokens=self.num_image_tokens,
-            num_text_tokens=pieces,
-            num_tokens=self.vocab_size,
-            encode=self.encode_text,
-            decode=self.decode,
-        )
+        pieces = SimpleNamespace(sp=self.sp, num_tokens=self.sp.get_piece_size())
+        sizes = {"num_image_tokens": self.num_image_tokens, "num_text_tokens": pieces.num_tokens}
+        sizes["num_tokens"] = self.vocab_size
+        calls = {"encode": self.encode_text, "decode": self.decode}
+        return OfficialParts(tokenizer=self, text_tokenizer=pieces, vocab_file=self.vocab_file, **sizes, **calls)
 
     # ---- text to ids -----------------------------------------------------------------------------------------
     def _spell(self, text: str) -> str:
@@ -313,9 +298,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         part = (pair_ids or []) if strategy == "only_second" else ids
         is_one = pair_ids is None or strategy != "longest_first"
         if is_one and num_tokens_to_remove >= max(len(part), 1):
-            logger.warning(
-                f"{num_tokens_to_remove} of {len(part)} tokens are to be cut, so none is: raise max_length."
-            )
+            logger.warning(f"{num_tokens_to_remove} of {len(part)} tokens are to be cut, none is: raise max_length.")
             num_tokens_to_remove = 0
         return super().truncate_sequences(ids, pair_ids, num_tokens_to_remove, **options)
 
@@ -379,8 +362,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             options: those of transformers. `return_assistant_tokens_mask` marks the last answer, the only one that
                 the model can learn from; `tokenizer_kwargs` go to `pad`; tools, documents and such have no effect.
 
-        Raises:
-            ValueError: a conversation of another shape or with other roles, or a flag that does not fit its end.
+        Raises ValueError for a conversation of another shape or with other roles, or a flag that does not fit its end.
         """
         conversation = getattr(conversation, "messages", conversation)  # the Conversation objects of 4.x
         if not isinstance(conversation, (list, tuple)) or not conversation:

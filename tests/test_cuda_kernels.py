@@ -356,12 +356,8 @@ def test_shapes_that_do_not_fit_are_refused_by_name(kernels):
         cuda_kernels.linear(torch.randn(1, 32), weight, scale, 8)
     with pytest.raises(ValueError, match=r"scales \(7,\) do not fit a weight of 8 rows"):
         cuda_kernels.linear(torch.randn(1, 64), weight, scale[:7], 8)
-    with pytest.raises(ValueError, match="bits 4 or 8"):
-        cuda_kernels.dequantize(weight, scale, 3, torch.float16)
-    with pytest.raises(ValueError, match="not torch.float32"):
+    with pytest.raises(ValueError, match="columns in torch.float32"):
         cuda_kernels.dequantize(weight.float(), scale, 8, torch.float16)
-    with pytest.raises(ValueError, match="cannot pack 7 columns into 4 bits"):
-        cuda_kernels.quantize(torch.randn(2, 7), 4)
 
 
 @needs_compilers
