@@ -316,9 +316,9 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bits: int) -> Tensor | None
         return None
     if x.shape[-1] != matrix.columns:
         raise ValueError(f"x has {x.shape[-1]} columns, the {bits}-bit weight {matrix.columns}; they must be equal")
-    if x.dim() != 2 or len(x) > FUSED_ROWS or not x.is_contiguous() or not _is_loadable(x, matrix, bits):
+    if x.dim() != 2 or x.shape[0] > FUSED_ROWS or not _is_loadable(x, matrix, bits):
         return F.linear(x, dequantize(weight, scale, bits, x.dtype))
-    y = x.new_empty(len(x), matrix.rows)
+    y = x.new_empty(x.shape[0], matrix.rows)
     kernels.linear(matrix, bits, x, y)
     return y
 
@@ -380,8 +380,8 @@ def _matrix(packed, packed_shape, packed_dtype, scale, scale_shape, scale_dtype,
 
 def _is_loadable(x: Tensor, matrix: _Matrix, bits: int) -> bool:
     """Whether every lane's 128-bit loads stay inside a row and a group, and begin at multiples of 16 bytes."""
-    chunk = _LOAD_BITS // bits
-    return matrix.columns % chunk == 0 and 1 << matrix.group_shift >= chunk and x.data_ptr() % 16 == 0
+    chunk, begins = _LOAD_BITS // bits, x.is_contiguous() and x.data_ptr() % 16 == 0
+    return begins and matrix.columns % chunk == 0 and 1 << matrix.group_shift >= chunk
 
 
 # ---- Launching ------------------------------------------------------------------------------------------------------
@@ -398,10 +398,10 @@ class _Kernels:
         self._function = functools.cache(functools.partial(cpm.cuda.cuModuleGetFunction, module))
 
     def linear(self, matrix: _Matrix, bits: int, x: Tensor, y: Tensor) -> None:
-        tile = 1 if len(x) == 1 else 4
-        blocks = -(-matrix.rows // _LINEAR_ROWS) * -(-len(x) // tile)
+        m, tile = x.shape[0], 1 if x.shape[0] == 1 else 4
+        blocks = -(-matrix.rows // _LINEAR_ROWS) * -(-m // tile)
         name = f"linear{bits}_{_ELEMENTS[x.dtype]}_{tile}"
-        self._launch(name, blocks, _LINEAR_THREADS, matrix, x, y, ctypes.c_int32(len(x)))
+        self._launch(name, blocks, _LINEAR_THREADS, matrix, x, y, ctypes.c_int32(m))
 
     def dequantize(self, matrix: _Matrix, bits: int, out: Tensor) -> None:
         self._launch(f"dequantize{bits}_{_ELEMENTS[out.dtype]}", matrix.rows, _ROW_THREADS, matrix, out)
