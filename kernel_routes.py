@@ -96,7 +96,8 @@ def is_watched() -> bool:
 
 def is_altered(module: nn.Module) -> bool:
     """Whether calling the module does anything else than its class says."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    hooks = any(GLOBAL_HOOKS) or module._forward_hooks or module._forward_pre_hooks
+    return bool(hooks) or "forward" in module.__dict__
 
 
 # ---- Products -------------------------------------------------------------------------------------------------------
@@ -179,8 +180,7 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
         return layer(x)
     weight, bias = layer.weight, layer.bias
     trained = any(tensor is not None and tensor.requires_grad for tensor in (x, weight, bias))
-    altered = is_altered(layer) or any(GLOBAL_HOOKS) or is_watched()
-    if weight.dtype != x.dtype or altered or (trained and torch.is_grad_enabled()):
+    if weight.dtype != x.dtype or is_altered(layer) or is_watched() or (trained and torch.is_grad_enabled()):
         return layer(x)
     fast = engine_for("16-bit")
     y = fast and fast.linear(x.reshape(-1, x.shape[-1]).contiguous(), weight, None, 16, bias)
@@ -286,7 +286,7 @@ def decode_step(blocks: nn.ModuleList, final_norm, hidden: Tensor, rotary, visib
     """
     ends = getattr(cache, "ends", None)
     fits = type(hidden) is Tensor and (ends is not None or isinstance(cache, GrowingCache))
-    if not fits or torch.is_grad_enabled() or is_watched() or any(GLOBAL_HOOKS) or engine() is None:
+    if not fits or torch.is_grad_enabled() or is_watched() or engine() is None:
         return None
     network = described(blocks, final_norm, kinds)
     if network is None or network.heads * network.head_size != hidden.shape[2]:

@@ -36,16 +36,11 @@ def quantize_weight(weight: Tensor, bits: int, group_size: int = 0, search: bool
     """
     check_shape(weight.shape[1], bits, group_size)
     groups = weight.unflatten(1, (-1, group_size or weight.shape[1]))  # [out, groups, columns]
-    scale = largest_scale(groups, bits)
-    if search:
-        scale = searched_scale(groups, scale, bits)
+    dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float16
+    scale = (groups.abs().amax(dim=2, keepdim=True) / LARGEST[bits]).to(dtype)
+    scale = searched_scale(groups, scale, bits) if search else scale
     values = rounded(groups, scale, bits).flatten(1)
     return pack_int4(values) if bits == 4 else values, scale.squeeze(2) if group_size else scale.flatten()
-
-
-def largest_scale(groups: Tensor, bits: int) -> Tensor:
-    dtype = torch.bfloat16 if groups.dtype == torch.bfloat16 else torch.float16
-    return (groups.abs().amax(dim=2, keepdim=True) / LARGEST[bits]).to(dtype)
 
 
 def rounded(groups: Tensor, scale: Tensor, bits: int) -> Tensor:

@@ -466,16 +466,20 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         def _tokenizer(self) -> Any:
             """`decode` as an object of the library tokenizers, whose DecodeStream makes the text of `transformers
             serve`. It encodes nothing, and is made anew where tokens were added."""
-            size, twin = vars(self).get("_twin", (None, None))
-            if size != len(self):
+            made_for, twin = vars(self).get("_twin", (None, None))
+            state = len(self), self.all_special_tokens
+            if made_for != state:
                 from tokenizers import Tokenizer, decoders, models
 
                 me = weakref.proxy(self)  # Python's garbage collector does not see through the library's objects
-                texts = lambda tokens: [me.decode(me.convert_tokens_to_ids(tokens), False, False)]  # noqa: E731
+
+                def texts(tokens: list[str]) -> list[str]:
+                    return [me.decode(me.convert_tokens_to_ids(tokens), clean_up_tokenization_spaces=False)]
+
                 twin = Tokenizer(models.WordLevel(self.get_vocab()))
                 twin.add_special_tokens([str(token) for token in self.all_special_tokens])
                 twin.decoder = decoders.Decoder.custom(SimpleNamespace(decode_chain=texts))
-                self._twin = len(self), twin
+                self._twin = state, twin
             return twin
 
         def __getstate__(self) -> dict[str, Any]:

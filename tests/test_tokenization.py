@@ -977,6 +977,9 @@ def test_what_streams_decode_with_is_made_once_and_anew_for_added_tokens_and_sta
         other.add_tokens(["<mine>"])
         assert streamed(other._tokenizer, other.encode("a<mine>b", add_special_tokens=False)) == "a <mine> b"
     assert tokenizer._tokenizer is not twin
+    tokenizer.add_special_tokens({"additional_special_tokens": ["你"]})  # a piece, no longer shown
+    ids = tokenizer.convert_tokens_to_ids(["▁a", "你", "b"])
+    assert streamed(tokenizer._tokenizer, ids) == tokenizer.decode(ids, skip_special_tokens=True) == "ab"
 
 
 @has_streams
