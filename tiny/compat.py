@@ -27,7 +27,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.utils import checkpoint
-from transformers import PreTrainedTokenizer
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
@@ -301,13 +300,6 @@ class Past:
             pairs = zip(self.prefix[layer_idx], (key, value))
             key, value = (torch.cat((before.to(new), new), dim=2) for before, new in pairs)
         return (key, value) if self.cache is None else self.cache.update(key, value, layer_idx, *self.arguments)
-
-
-def chat_returns_dict() -> bool:
-    """Whether `apply_chat_template` returns a BatchEncoding unless told otherwise: from 5.0 on, not below."""
-    method = getattr(PreTrainedTokenizer, "apply_chat_template", None)  # 4.34
-    parameter = inspect.signature(method).parameters.get("return_dict") if method else None
-    return bool(parameter and parameter.default)
 
 
 # ---- Loading, saving, checkpointing ---------------------------------------------------------------------------------

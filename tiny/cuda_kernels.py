@@ -24,6 +24,7 @@ import sys
 import threading
 import types
 import warnings
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, cuda
@@ -292,27 +293,19 @@ KERNELS(half, 4) KERNELS(bfloat16, 4) KERNELS(float, 4)
 """
 
 _DEVICE = "cuda"  # type of the tensors that are served
-_ELEMENTS = {torch.float16: "half", torch.bfloat16: "bfloat16", torch.float32: "float"}
-_SCALE_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # enum ScaleType
+_ELEMENTS = {torch.float16: "half", torch.bfloat16: "bfloat16", torch.float32: "float"}  # as in enum ScaleType
 _LINEAR_THREADS, _LINEAR_ROWS = 128, 8  # a block: 4 warps, WARP_ROWS output features each
 _ROW_THREADS = 256  # dequantize and quantize: a block for a row, QUANTIZE_THREADS
 _LOAD_BITS = 128  # what a lane of the product loads at once
 _ONE_GROUP = 31  # column >> 31 == 0: one scale per row
 
 
-# ---- What quantization.py calls -------------------------------------------------------------------------------------
-
-
+# ---- What the other files call: None where PyTorch has to do it -----------------------------------------------------
 def linear(x: Tensor, weight: Tensor, scale: Tensor, bits: int) -> Tensor | None:
-    """`x @ W.T` for a quantized W on x's GPU; None when PyTorch has to do it.
+    """x [..., K] in a float type of 16 or 32 bits, W [N, K] quantized, scale [N] or [N, G] of any such -> x @ W.T.
 
-    Args:
-        x: [..., K], float16, bfloat16 or float32.
-        weight: int8 [N, K] (bits 8) or packed [N, K/2] (bits 4, even column in the high nibble).
-        scale: [N] or [N, G], of any of those float types.
-
-    Up to `FUSED_ROWS` rows are multiplied with the stored integers, exactly, summed in float32 and rounded once to
-    x.dtype. More rows are multiplied by cuBLAS with the dequantized matrix, which lives as long as the product.
+    Up to FUSED_ROWS contiguous rows [M, K] are multiplied with the stored integers, exactly, summed in float32 and
+    rounded once. All else is multiplied by cuBLAS with the dequantized matrix, which lives as long as the product.
     No gradient is recorded: with gradients wanted the answer is None, except inside an autograd.Function.
     """
     if torch.is_grad_enabled() and x.requires_grad:
@@ -323,17 +316,15 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bits: int) -> Tensor | None
         return None
     if x.shape[-1] != matrix.columns:
         raise ValueError(f"x has {x.shape[-1]} columns, the {bits}-bit weight {matrix.columns}; they must be equal")
-    x_rows = x.reshape(-1, matrix.columns).contiguous()
-    if x_rows.shape[0] <= FUSED_ROWS and _is_fused(x_rows, matrix, bits):
-        y = x.new_empty(x_rows.shape[0], matrix.rows)
-        kernels.linear(matrix, bits, x_rows, y)
-    else:
-        y = F.linear(x_rows, dequantize(weight, scale, bits, x.dtype))
-    return y.view(*x.shape[:-1], matrix.rows)
+    if x.dim() != 2 or x.shape[0] > FUSED_ROWS or not _is_loadable(x, matrix, bits):
+        return F.linear(x, dequantize(weight, scale, bits, x.dtype))
+    y = x.new_empty(x.shape[0], matrix.rows)
+    kernels.linear(matrix, bits, x, y)
+    return y
 
 
 def dequantize(weight: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor | None:
-    """W [N, K] in `dtype`: integer x scale in `dtype`, as the original has it; None when PyTorch has to do it."""
+    """W [N, K] in `dtype`: integer x scale in `dtype`, as the original has it."""
     kernels = _kernels_for(weight, scale)
     matrix = _describe(weight, scale, bits) if kernels else None
     if matrix is None or dtype not in _ELEMENTS:
@@ -344,20 +335,11 @@ def dequantize(weight: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> 
 
 
 def quantize(weight: Tensor, bits: int) -> tuple[Tensor, Tensor] | None:
-    """What `quantization.quantize_weight(weight, bits)` gives, bit for bit; None when PyTorch has to do it.
-
-    Args:
-        weight: [N, K], float16, bfloat16 or float32; K even for bits 4.
-
-    Returns:
-        int8 [N, K] or packed [N, K/2], and the scale [N], bfloat16 for bfloat16 and else float16.
-    """
+    """What `quantization.quantize_weight(weight, bits)`, which checks the shape, gives, bit for bit."""
     kernels = _kernels_for(weight)
     if kernels is None or weight.dtype not in _ELEMENTS:
         return None
     rows, columns = weight.shape
-    if bits not in (4, 8) or columns * bits % 8:
-        raise ValueError(f"cannot pack {columns} columns into {bits} bits: bits is 4 or 8, and 4 needs an even width")
     packed = torch.empty(rows, columns * bits // 8, dtype=torch.int8, device=weight.device)
     scale_dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float16
     scale = torch.empty(rows, dtype=scale_dtype, device=weight.device)
@@ -366,8 +348,6 @@ def quantize(weight: Tensor, bits: int) -> tuple[Tensor, Tensor] | None:
 
 
 # ---- A quantized matrix as the kernels see it -----------------------------------------------------------------------
-
-
 class _Matrix(ctypes.Structure):
     """struct Matrix of SOURCE: one argument for all of a matrix, which the launch of every product can share."""
 
@@ -384,31 +364,27 @@ def _describe(weight: Tensor, scale: Tensor, bits: int) -> _Matrix | None:
 
 @functools.lru_cache(maxsize=4096)  # a matrix is multiplied once a token, from the same place: 112 in the 6B model
 def _matrix(packed, packed_shape, packed_dtype, scale, scale_shape, scale_dtype, bits) -> _Matrix | None:
-    if bits not in (4, 8) or packed_dtype != torch.int8 or len(packed_shape) != 2:
-        raise ValueError(
-            f"a quantized weight is int8 [N, K] or [N, K/2], bits 4 or 8; not {packed_dtype}, {bits} bits"
-        )
     rows, columns = packed_shape[0], packed_shape[1] * 8 // bits
     groups = scale_shape[1] if len(scale_shape) == 2 else 1
-    if len(scale_shape) not in (1, 2) or scale_shape[0] != rows or groups == 0 or columns % groups:
-        raise ValueError(f"scales {tuple(scale_shape)} do not fit a weight of {rows} rows and {columns} columns")
+    if packed_dtype != torch.int8 or scale_shape not in ((rows,), (rows, groups)) or not groups or columns % groups:
+        raise ValueError(
+            f"scales {tuple(scale_shape)} do not fit a weight of {rows} rows and {columns} columns in {packed_dtype}"
+        )
     group = columns // groups
     is_power = group & (group - 1) == 0
-    if columns % 8 or packed % 16 or scale_dtype not in _SCALE_TYPES or groups > 1 and not (is_power and group >= 8):
+    if columns % 8 or packed % 16 or scale_dtype not in _ELEMENTS or groups > 1 and not (is_power and group >= 8):
         return None
     shift = _ONE_GROUP if groups == 1 else group.bit_length() - 1
-    return _Matrix(packed, scale, _SCALE_TYPES[scale_dtype], rows, columns, groups, shift)
+    return _Matrix(packed, scale, list(_ELEMENTS).index(scale_dtype), rows, columns, groups, shift)
 
 
-def _is_fused(x: Tensor, matrix: _Matrix, bits: int) -> bool:
+def _is_loadable(x: Tensor, matrix: _Matrix, bits: int) -> bool:
     """Whether every lane's 128-bit loads stay inside a row and a group, and begin at multiples of 16 bytes."""
-    chunk = _LOAD_BITS // bits
-    return matrix.columns % chunk == 0 and 1 << matrix.group_shift >= chunk and x.data_ptr() % 16 == 0
+    chunk, begins = _LOAD_BITS // bits, x.is_contiguous() and x.data_ptr() % 16 == 0
+    return begins and matrix.columns % chunk == 0 and 1 << matrix.group_shift >= chunk
 
 
 # ---- Launching ------------------------------------------------------------------------------------------------------
-
-
 class _Kernels:
     """The compiled kernels of one device."""
 
@@ -422,17 +398,16 @@ class _Kernels:
         self._function = functools.cache(functools.partial(cpm.cuda.cuModuleGetFunction, module))
 
     def linear(self, matrix: _Matrix, bits: int, x: Tensor, y: Tensor) -> None:
-        tile = 1 if x.shape[0] == 1 else 4
-        blocks = -(-matrix.rows // _LINEAR_ROWS) * -(-x.shape[0] // tile)
+        m, tile = x.shape[0], 1 if x.shape[0] == 1 else 4
+        blocks = -(-matrix.rows // _LINEAR_ROWS) * -(-m // tile)
         name = f"linear{bits}_{_ELEMENTS[x.dtype]}_{tile}"
-        self._launch(name, blocks, _LINEAR_THREADS, matrix, x, y, ctypes.c_int32(x.shape[0]))
+        self._launch(name, blocks, _LINEAR_THREADS, matrix, x, y, ctypes.c_int32(m))
 
     def dequantize(self, matrix: _Matrix, bits: int, out: Tensor) -> None:
         self._launch(f"dequantize{bits}_{_ELEMENTS[out.dtype]}", matrix.rows, _ROW_THREADS, matrix, out)
 
     def quantize(self, weight: Tensor, bits: int, packed: Tensor, scale: Tensor) -> None:
-        rows, columns = weight.shape
-        name = f"quantize{bits}_{_ELEMENTS[weight.dtype]}"
+        name, (rows, columns) = f"quantize{bits}_{_ELEMENTS[weight.dtype]}", weight.shape
         self._launch(name, rows, _ROW_THREADS, weight, packed, scale, ctypes.c_int32(columns))
 
     def _launch(self, name: str, blocks: int, threads: int, *arguments: Tensor | ctypes.Structure | ctypes.c_int32):
@@ -447,8 +422,6 @@ class _Kernels:
 
 
 # ---- Loading, once, at the first use --------------------------------------------------------------------------------
-
-
 class _Unavailable(Exception):
     """Why there are no kernels, and the cure, in one sentence each."""
 
@@ -475,13 +448,14 @@ def _load_or_warn(device: torch.device) -> _Kernels | None:
         kernels = _Kernels(cpm, device, _compile(cpm.nvrtc, cuda.get_device_capability(device)))
         _check(kernels, device)
         return kernels
-    except _Unavailable as error:
-        _warn_once(str(error))
     except cuda.OutOfMemoryError:  # says itself what is wrong, and the next product may find room
         raise
+    except _Unavailable as error:
+        reason = str(error)
     except Exception as error:  # whatever a driver, a loader or a package may raise: named, then left to PyTorch
         cure = "If that does not say what to do: update the NVIDIA driver, torch and cpm_kernels to matching versions."
-        _warn_once(f"{type(error).__name__}: {error}. {cure}")
+        reason = f"{type(error).__name__}: {error}. {cure}"
+    _warn_once(reason)
     return None
 
 
@@ -515,61 +489,52 @@ def _compile(nvrtc: types.ModuleType, capability: tuple[int, int]) -> bytes:
 
 
 # ---- Checking, once on every GPU ------------------------------------------------------------------------------------
-
 _CHECKED_ROWS, _CHECKED_COLUMNS = 9, 33 * 32  # a block of the product and a row more; a warp's columns and a load more
 
 
 def _check(kernels: _Kernels, device: torch.device) -> None:
     """_Unavailable unless this very GPU computes what PyTorch computes, on a matrix that takes milliseconds."""
     for bits in (8, 4):
-        wrong = _wrong_kernel(kernels, device, bits)
-        if wrong:
-            raise _Unavailable(
-                f"The {wrong} of INT{bits} is wrong on this GPU. Please report that in the issue tracker of the "
-                "repository, with the name of the GPU and the versions of its driver and of torch."
-            )
+        for kernel, is_right in _verdicts(kernels, device, bits):
+            if not is_right:
+                raise _Unavailable(
+                    f"The {kernel} of INT{bits} is wrong on this GPU. Please report that in the issue tracker of the "
+                    "repository, with the name of the GPU and the versions of its driver and of torch."
+                )
 
 
-def _wrong_kernel(kernels: _Kernels, device: torch.device, bits: int) -> str | None:
-    """The first kernel whose numbers are not those that quantization.py computes on the CPU."""
+def _verdicts(kernels: _Kernels, device: torch.device, bits: int) -> Iterator[tuple[str, bool]]:
+    """Each kernel, and whether its numbers are those that quantization.py computes on the CPU."""
     # Not by a `from` line, neither here nor above: that file imports this one, and transformers 4.41 to 4.5x follows
     # such lines round and round for ever.
-    quantization = importlib.import_module(".quantization", __package__)
+    plain = importlib.import_module(".quantization", __package__)
+
+    def unwritten(*shape: int) -> Tensor:  # without the right numbers of an earlier result
+        return torch.full(shape, float("nan"), dtype=torch.float16, device=device)
 
     cpu = torch.device("cpu")  # whatever the default device is
     every_byte = torch.arange(_CHECKED_ROWS * _CHECKED_COLUMNS * bits // 8, device=cpu) * 37 % 256 - 128
     packed = every_byte.to(torch.int8).view(_CHECKED_ROWS, -1)
     scale = torch.linspace(0.001, 0.02, _CHECKED_ROWS, dtype=torch.float32, device=cpu).half()
-    exact = quantization.dequantize_weight(packed, scale, bits, torch.float64)
+    exact = plain.dequantize_weight(packed, scale, bits, torch.float64)
     stored, stored_scale = packed.to(device), scale.to(device)  # by name, for `matrix` does not keep them alive
-    matrix = _describe(stored, stored_scale, bits)
-
-    weight = _unwritten(_CHECKED_ROWS, _CHECKED_COLUMNS, device)
+    matrix, weight = _describe(stored, stored_scale, bits), unwritten(_CHECKED_ROWS, _CHECKED_COLUMNS)
     kernels.dequantize(matrix, bits, weight)
-    if not torch.equal(weight.cpu(), exact.half()):
-        return "extraction"
+    yield "extraction", torch.equal(weight.cpu(), exact.half())
     for m in (1, 5):  # one row in a tile; a full tile of four and one that is not
         x = torch.arange(m * _CHECKED_COLUMNS, dtype=torch.float32, device=cpu).sin().half().view(m, -1)
-        y = _unwritten(m, _CHECKED_ROWS, device)
+        y = unwritten(m, _CHECKED_ROWS)
         kernels.linear(matrix, bits, x.to(device), y)
         expected, magnitude = x.double() @ exact.T, x.double().abs() @ exact.abs().T
-        if not bool(((y.cpu() - expected).abs() <= 1e-3 * expected.abs() + 1e-5 * magnitude).all()):
-            return f"product of {m} rows"
-    again, again_scale = torch.zeros_like(stored), _unwritten(_CHECKED_ROWS, 1, device).flatten()
+        is_near = (y.cpu() - expected).abs() <= 1e-3 * expected.abs() + 1e-5 * magnitude
+        yield f"product of {m} rows", bool(is_near.all())
+    again, again_scale = torch.zeros_like(stored), unwritten(_CHECKED_ROWS)
     kernels.quantize(weight, bits, again, again_scale)
-    expected, expected_scale = quantization.quantize_weight(exact.half(), bits)
-    is_right = torch.equal(again.cpu(), expected) and torch.equal(again_scale.cpu(), expected_scale)
-    return None if is_right else "compression"
-
-
-def _unwritten(rows: int, columns: int, device: torch.device) -> Tensor:
-    """Room for a result, without the right numbers of an earlier one."""
-    return torch.full((rows, columns), float("nan"), dtype=torch.float16, device=device)
+    results = zip((again, again_scale), plain.quantize_weight(exact.half(), bits))
+    yield "compression", all(torch.equal(found.cpu(), expected) for found, expected in results)
 
 
 # ---- cpm_kernels, without importing it ------------------------------------------------------------------------------
-
-
 @functools.cache
 def _cpm_kernels() -> types.SimpleNamespace:
     """The driver, the runtime and NVRTC as cpm_kernels 1.0.11 binds them: cuda, cudart, nvrtc.
@@ -584,10 +549,9 @@ def _cpm_kernels() -> types.SimpleNamespace:
     if package is None:
         raise _Unavailable("cpm_kernels is not installed: pip install cpm_kernels.")
     folder = package.submodule_search_locations[0]
-    base = _run(folder, "library.base")
+    base = _run(folder, "base")
     base.unix_find_lib = base.windows_find_lib = _find_library
-    names = ("cuda", "cudart", "nvrtc")
-    return types.SimpleNamespace(**{name: _run(folder, f"library.{name}", base=base) for name in names})
+    return types.SimpleNamespace(**{name: _run(folder, name, base=base) for name in ("cuda", "cudart", "nvrtc")})
 
 
 def _run(folder: str, name: str, **given) -> types.ModuleType:
@@ -596,8 +560,7 @@ def _run(folder: str, name: str, **given) -> types.ModuleType:
     def importing(name, *arguments):
         return given[name] if name in given else __import__(name, *arguments)
 
-    path = os.path.join(folder, *name.split(".")) + ".py"
-    spec = importlib.util.spec_from_file_location(f"cpm_kernels.{name}", path)
+    spec = importlib.util.spec_from_file_location(f"cpm_kernels.{name}", os.path.join(folder, "library", f"{name}.py"))
     module = importlib.util.module_from_spec(spec)
     module.__builtins__ = {**vars(builtins), "__import__": importing}  # where an import statement looks first
     spec.loader.exec_module(module)
@@ -606,11 +569,11 @@ def _run(folder: str, name: str, **given) -> types.ModuleType:
 
 def _find_library(name: str) -> str:
     """lib<name> of $CUDA_PATH, else of the CUDA that torch came with, of the system's toolkit, of the system."""
-    on_windows = sys.platform == "win32"
-    file = re.compile(rf"{name}64_[\d_]+\.dll" if on_windows else rf"lib{name}(-[0-9a-f]+)?\.so(\.\d+)*")
-    if on_windows:
+    if on_windows := sys.platform == "win32":
+        file = re.compile(rf"{name}64_[\d_]+\.dll")
         places = [_torch_folders(), os.environ.get("PATH", "").split(os.pathsep)]
     else:
+        file = re.compile(rf"lib{name}(-[0-9a-f]+)?\.so(\.\d+)*")
         chosen = [os.path.join(os.environ["CUDA_PATH"], "lib64")] if "CUDA_PATH" in os.environ else []
         places = [chosen, _torch_folders(), ["/usr/local/cuda/lib64"]]
     for folders in places:
@@ -630,9 +593,9 @@ def _find_library(name: str) -> str:
 def _torch_folders() -> list[str]:
     """Where torch's own CUDA libraries can be: in torch, in pip's nvidia-* packages, or in a conda environment."""
     nvidia = importlib.util.find_spec("nvidia")
-    roots = nvidia.submodule_search_locations if nvidia else ()
-    patterns = [os.path.join(os.path.dirname(torch.__file__), "lib")]
-    patterns += [os.path.join(root, "*", part) for root in roots for part in ("lib", "bin")]  # Linux, Windows
+    patterns = [os.path.join(torch.__path__[0], "lib")]
+    for root in nvidia.submodule_search_locations if nvidia else ():
+        patterns += [os.path.join(root, "*", part) for part in ("lib", "bin")]  # Linux, Windows
     patterns += [os.path.join(sys.prefix, "lib"), os.path.join(sys.prefix, "Library", "bin")]
     return [folder for pattern in patterns for folder in sorted(glob.glob(pattern))]
 

@@ -36,8 +36,6 @@ PACKED_AT_ONCE = 1 << 20  # weights, which take four bytes each while they are p
 
 
 # ---- The engine, and whether it may be used -------------------------------------------------------------------------
-
-
 @functools.cache
 def engine():
     """The module chatglm_cpu, or None where it is missing, too old, or does not start (both said in one line)."""
@@ -55,15 +53,17 @@ def engine():
     return None
 
 
+def engine_for(weights: str):
+    """The engine; where it is missing, one line for each kind of weights says what it would gain."""
+    if engine() is None and platform.machine().lower() in ("x86_64", "amd64"):
+        warn_once(f"{weights} weights are computed by PyTorch alone, and decode faster with chatglm_cpu: {INSTALL}")
+    return engine()
+
+
 def by_engine(operation: str, x: Tensor, *arguments):
     """The engine's `operation` of x and the rest, where it serves: on a CPU, with nothing watched; else None."""
     serves = x.device.type == "cpu" and not is_watched() and engine() is not None
     return getattr(engine(), operation)(x, *arguments) if serves else None
-
-
-def hint_at_engine(weights: str) -> None:
-    if engine() is None and platform.machine().lower() in ("x86_64", "amd64"):
-        warn_once(f"{weights} weights are computed by PyTorch alone, and decode faster with chatglm_cpu: {INSTALL}")
 
 
 def torch_functions() -> tuple:
@@ -96,12 +96,11 @@ def is_watched() -> bool:
 
 def is_altered(module: nn.Module) -> bool:
     """Whether calling the module does anything else than its class says."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    hooks = any(GLOBAL_HOOKS) or module._forward_hooks or module._forward_pre_hooks
+    return bool(hooks) or "forward" in module.__dict__
 
 
 # ---- Products -------------------------------------------------------------------------------------------------------
-
-
 def unpack_int4(packed: Tensor) -> Tensor:
     """int8 [..., in / 2], the even column in the high nibble -> int8 [..., in]."""
     return torch.stack((packed >> 4, (packed << 4) >> 4), dim=-1).flatten(-2)
@@ -142,11 +141,11 @@ def product(
     # Kernels want contiguous rows, and torch would repeat the weight for each row of a strided batch.
     rows, y = x.reshape(-1, x.shape[-1]).contiguous(), None
     if x.device.type == "cpu" and not is_watched():
-        hint_at_engine(f"INT{bits}")
-        if int8_activations and engine() is None:
+        fast = engine_for(f"INT{bits}")
+        if fast is not None:
+            y = fast.linear(rows, weight, scale, bits, bias, int8_activations)
+        elif int8_activations:
             warn_once(f"quantize_activations has no effect without chatglm_cpu: {INSTALL}")
-        if engine() is not None:
-            y = engine().linear(rows, weight, scale, bits, bias, int8_activations)
         if y is None and weight.device.type == "cpu" and weight.shape[0] * x.shape[-1] >= SMALLEST:
             y = product_of_torch(rows, weight, scale, bits, bias, copies)
     elif x.device.type == "cuda" and not is_tracing():
@@ -181,18 +180,14 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
         return layer(x)
     weight, bias = layer.weight, layer.bias
     trained = any(tensor is not None and tensor.requires_grad for tensor in (x, weight, bias))
-    altered = is_altered(layer) or any(GLOBAL_HOOKS) or is_watched()
-    if weight.dtype != x.dtype or altered or (trained and torch.is_grad_enabled()):
+    if weight.dtype != x.dtype or is_altered(layer) or is_watched() or (trained and torch.is_grad_enabled()):
         return layer(x)
-    hint_at_engine("16-bit")
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    y = None if engine() is None else engine().linear(rows, weight, None, 16, bias)
+    fast = engine_for("16-bit")
+    y = fast and fast.linear(x.reshape(-1, x.shape[-1]).contiguous(), weight, None, 16, bias)
     return layer(x) if y is None else y.view(*x.shape[:-1], weight.shape[0])
 
 
 # ---- PyTorch's own products with INT8 and INT4 weights, where the engine does not serve -----------------------------
-
-
 def product_of_torch(x, weight, scale, bits, bias, copies) -> Tensor | None:
     """`product` in bfloat16; scales of whole rows are applied afterwards, where they are not rounded.
 
@@ -263,8 +258,6 @@ def has_int4_product() -> bool:
 
 
 # ---- What stands between the products -------------------------------------------------------------------------------
-
-
 def attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
     """query [B, H, S, D], key and value [B, H, K, D] -> [B, H, S, D].
 
@@ -281,8 +274,6 @@ def gelu(states: Tensor) -> Tensor:
 
 
 # ---- A whole decode step, and where weights lie ---------------------------------------------------------------------
-
-
 def decode_step(blocks: nn.ModuleList, final_norm, hidden: Tensor, rotary, visible, cache, kinds) -> Tensor | None:
     """The output [B, 1, hidden] of all blocks and the final norm for one new token; None: call the modules.
 
@@ -294,12 +285,8 @@ def decode_step(blocks: nn.ModuleList, final_norm, hidden: Tensor, rotary, visib
     kinds: the classes of block, attention, MLP, and quantized layer.
     """
     ends = getattr(cache, "ends", None)
-    on_cpu = (
-        type(hidden) is Tensor
-        and hidden.device.type == "cpu"
-        and (ends is not None or isinstance(cache, GrowingCache))
-    )
-    if not on_cpu or torch.is_grad_enabled() or is_watched() or any(GLOBAL_HOOKS) or engine() is None:
+    fits = type(hidden) is Tensor and (ends is not None or isinstance(cache, GrowingCache))
+    if not fits or torch.is_grad_enabled() or is_watched() or engine() is None:
         return None
     network = described(blocks, final_norm, kinds)
     if network is None or network.heads * network.head_size != hidden.shape[2]:
@@ -309,8 +296,8 @@ def decode_step(blocks: nn.ModuleList, final_norm, hidden: Tensor, rotary, visib
     expected = (*new.shape[:2], cached_length(cache), new.shape[3])  # as many tokens in every layer, keys and values
     if ends is None and any([x.shape for x in cached_states(cache, i)] != [expected] * 2 for i in layers):
         return None
-    masked = visible is not None
-    step = engine().decode_program(blocks, network, len(hidden), hidden.dtype, rotary[0].shape[4], masked)
+    sizes = (len(hidden), hidden.dtype, rotary[0].shape[4], visible is not None)
+    step = engine().decode_program(blocks, network, *sizes)
     if step is None:
         return None
     states = [cache.update(new, new, layer_idx) for layer_idx in layers]  # makes room: the step writes the numbers
@@ -353,11 +340,8 @@ def described(blocks: nn.ModuleList, final_norm: nn.Module, kinds: tuple[type, t
 
 
 def move_to_huge_pages(model: nn.Module) -> nn.Module:
-    """Copies the weights on the CPU from the mapped files to huge pages of the process, where decoding reads them
-    faster; takes seconds for some GB. The parameters are new ones, so make an optimizer afterwards. Returns the model.
-
-    Routes: the engine's; without it one line says so, and nothing is moved.
-    """
+    """Moves the weights on the CPU from the mapped files to huge pages of the process, where decoding reads them
+    faster, by the engine alone; seconds for some GB. They become new parameters: make an optimizer afterwards."""
     if engine() is None:
         warn_once(f"to_huge_pages() needs chatglm_cpu, and the weights stay where they are: {INSTALL}")
     else:

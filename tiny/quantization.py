@@ -19,16 +19,10 @@ from .kernel_routes import FrozenProduct, dequantize_weight, dequantized, produc
 
 LARGEST = {4: 7, 8: 127}
 SEARCH_FACTORS = [1 - step / 40 for step in range(17)]  # of the largest value, when the scale is searched: 1.0 ... 0.6
-WITHOUT_MEANING = (
-    "empty_init",
-    "kernel_file",
-    "use_quantization_cache",
-)  # of the arguments of the official quantize()
+WITHOUT_MEANING = ("empty_init", "kernel_file", "use_quantization_cache")  # of the official quantize()'s arguments
 
 
 # ---- The format: pure functions -------------------------------------------------------------------------------------
-
-
 def quantize_weight(weight: Tensor, bits: int, group_size: int = 0, search: bool = False) -> tuple[Tensor, Tensor]:
     """Rounds a matrix to `bits` with one scale per row, or per group of `group_size` columns.
 
@@ -42,16 +36,11 @@ def quantize_weight(weight: Tensor, bits: int, group_size: int = 0, search: bool
     """
     check_shape(weight.shape[1], bits, group_size)
     groups = weight.unflatten(1, (-1, group_size or weight.shape[1]))  # [out, groups, columns]
-    scale = largest_scale(groups, bits)
-    if search:
-        scale = searched_scale(groups, scale, bits)
+    dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float16
+    scale = (groups.abs().amax(dim=2, keepdim=True) / LARGEST[bits]).to(dtype)
+    scale = searched_scale(groups, scale, bits) if search else scale
     values = rounded(groups, scale, bits).flatten(1)
     return pack_int4(values) if bits == 4 else values, scale.squeeze(2) if group_size else scale.flatten()
-
-
-def largest_scale(groups: Tensor, bits: int) -> Tensor:
-    dtype = torch.bfloat16 if groups.dtype == torch.bfloat16 else torch.float16
-    return (groups.abs().amax(dim=2, keepdim=True) / LARGEST[bits]).to(dtype)
 
 
 def rounded(groups: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -74,8 +63,6 @@ def searched_scale(groups: Tensor, largest: Tensor, bits: int) -> Tensor:
 
 def pack_int4(values: Tensor) -> Tensor:
     """int8 [..., in] with values -8 ... 7 -> int8 [..., in / 2], even columns in the high nibbles."""
-    if values.shape[-1] % 2:
-        raise ValueError(f"{values.shape[-1]} columns: INT4 packs two in a byte, so their number must be even")
     return ((values[..., 0::2] & 15) << 4) | (values[..., 1::2] & 15)
 
 
@@ -91,8 +78,6 @@ def check_shape(in_features: int, bits: int, group_size: int) -> None:
 
 
 # ---- The layers -----------------------------------------------------------------------------------------------------
-
-
 class QuantizedLinear(nn.Module):
     """A linear layer with int8 or int4 weights. No nn.Linear, whose weight other libraries (PEFT) read as numbers and
     merge adapters into.
@@ -184,8 +169,6 @@ def plain_layer(layer: QuantizedLinear | QuantizedEmbedding, dtype: torch.dtype 
 
 
 # ---- A whole model --------------------------------------------------------------------------------------------------
-
-
 def quantize_model(
     model: nn.Module,
     bits: int,
@@ -200,7 +183,7 @@ def quantize_model(
     """Replaces the linear layers of every block by quantized ones, one matrix at a time, where they are.
 
     Args:
-        model: a ChatGLMForConditionalGeneration, of any dtype and on any devices.
+        model: a ChatGLMForConditionalGeneration, of any dtype and on any devices; returned.
         bits: 8 or 4; 0 leaves the model as it is.
         group_size: columns that share a scale: 0 for a row, which is the official format, or 32, 64, 128.
         quantize_head: embedding and head too, True or 8 for int8 rows, 4 for int4; the official format keeps them.
@@ -210,12 +193,9 @@ def quantize_model(
         quantize_embeddings: the official name for `quantize_head=bits`.
         official: those of the official quantize() that change nothing here are taken, with a warning.
 
-    Returns:
-        the model itself.
-
-    Raises:
-        ValueError: unknown bits or group size, a model that is quantized differently already, or one whose weights are
-            offloaded; the model stays as it was.
+    Raises, and leaves the model as it was:
+        ValueError: a value that the configuration cannot have, a model that is quantized differently already, or one
+            whose weights are offloaded.
         TypeError: another argument.
     """
     for name, value in official.items():
@@ -223,27 +203,29 @@ def quantize_model(
             raise TypeError(f"quantize() got an unexpected keyword argument {name!r}")
         if value:
             warn_once(f"quantize({name}={value!r}) has no effect here")
-    quantize_head = quantize_head or (bits if quantize_embeddings else False)
-    check_request(model.config, bits, group_size, quantize_head, quantize_activations)
-    if bits and not model.config.quantization_bit:
+    config, quantize_head = model.config, quantize_head or (bits if quantize_embeddings else False)
+    check_request(config, bits, group_size, quantize_head, quantize_activations)
+    if bits and not config.quantization_bit:
         quantize_layers(model, bits, group_size, search, progress)
-        model.config.quantize_head = quantize_head
-        if model.config.head_bits:
+        config.quantize_head = quantize_head
+        if config.head_bits:
             quantize_embedding_and_head(model, search)
         model.freeze()
-    if model.config.quantization_bit:
-        switch_activations(model, quantize_activations)
+    if config.quantization_bit:
+        if quantize_activations is not None:
+            config.quantize_activations = quantize_activations
+        for _, _, layer in linear_layers(model.transformer.layers, QuantizedLinear):
+            layer.quantize_activations = config.quantize_activations
     return model
 
 
 def check_request(config, bits, group_size, quantize_head, quantize_activations) -> None:
     """ValueError for values that a configuration may not have, and for another format than the model has already."""
-    check_field("quantization_bit", bits)
-    check_field("quantization_group_size", group_size)
-    check_field("quantize_head", quantize_head)
+    asked = {"quantization_bit": bits, "quantization_group_size": group_size, "quantize_head": quantize_head}
+    for name, value in asked.items():
+        check_field(name, value)
     check_field("quantize_activations", False if quantize_activations is None else quantize_activations)
-    asked = (bits, group_size, quantize_head)
-    present = (config.quantization_bit, config.quantization_group_size, config.quantize_head)
+    asked, present = tuple(asked.values()), tuple(getattr(config, name) for name in asked)
     if bits and present[0] and asked not in (present, (present[0], 0, False)):
         raise ValueError(
             f"quantize(bits, group_size, quantize_head = {asked}): the model is quantized already, by {present}; load "
@@ -264,7 +246,7 @@ def quantize_layers(model: nn.Module, bits: int, group_size: int, search: bool, 
     model.config.quantization_bit, model.config.quantization_group_size = bits, group_size
 
 
-def linear_layers(module: nn.Module, kind: type = nn.Linear) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+def linear_layers(module: nn.Module, kind: type | tuple = nn.Linear) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     """(parent, name, layer) of every linear layer of the kind below `module`."""
     for parent in module.modules():
         for name, layer in parent.named_children():
@@ -304,27 +286,18 @@ def tied_head_keys() -> dict[str, str]:
     return {f"lm_head.{name}": f"transformer.word_embeddings.{name}" for name in ("weight", "weight_scale")}
 
 
-def switch_activations(model: nn.Module, int8: bool | None) -> None:
-    """Sets what ChatGLMConfig calls quantize_activations; None leaves it as it is."""
-    if int8 is not None:
-        model.config.quantize_activations = int8
-    for _, _, layer in linear_layers(model.transformer.layers, QuantizedLinear):
-        layer.quantize_activations = model.config.quantize_activations
-
-
 @torch.no_grad()
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Replaces all quantized layers by plain ones with the same numbers, in `dtype`, by default that of the scales;
     returns the model itself. ValueError where weights are offloaded; the model stays as it was then."""
     refuse_offloaded(model, "dequantize()")
-    config, quantized = model.config, (QuantizedLinear, QuantizedEmbedding)
-    found = [(p, n, layer) for p in model.modules() for n, layer in p.named_children() if isinstance(layer, quantized)]
+    config, found = model.config, list(linear_layers(model, (QuantizedLinear, QuantizedEmbedding)))
     for parent, name, layer in found:
         setattr(parent, name, plain_layer(layer, dtype))
     if config.quantization_bit and config.head_bits and config.tie_word_embeddings:
         model.lm_head.weight = model.transformer.word_embeddings.weight
-    config.quantization_bit, config.quantization_group_size, config.quantize_head = 0, 0, False
-    config.quantize_activations = False
+    config.quantization_bit = config.quantization_group_size = 0
+    config.quantize_head = config.quantize_activations = False
     if found:
         model._tied_weights_keys = type(model)._tied_weights_keys
         model.requires_grad_(True).freeze()

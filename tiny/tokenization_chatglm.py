@@ -14,6 +14,7 @@ import contextlib
 import logging
 import os
 import re
+import weakref
 from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
@@ -35,6 +36,8 @@ IMAGE_TOKEN = re.compile("<image_(0|[1-9][0-9]{0,8})>")
 Ids = list[int]
 OWN_NAMES = ("gmask_token", "end_token", "eop_token")  # in settings files of ChatGLM; the last in the first release's
 AS_TEXT = dict.fromkeys(("tokenize", "return_dict", "return_assistant_tokens_mask", "continue_final_message"), False)
+# Asked here and not in compat.py, which needs torch, as tokenizers do not.
+IS_TRANSFORMERS_5 = not hasattr(PreTrainedTokenizer, "_batch_encode_plus")
 
 
 def spell_whitespace(text: str) -> str:
@@ -53,6 +56,11 @@ def _settings(of_file: dict[str, Any]) -> dict[str, Any]:
     if isinstance(settings.get("extra_special_tokens"), (list, tuple)):
         settings["additional_special_tokens"] = list(settings.pop("extra_special_tokens"))
     return settings
+
+
+def _laid_out(first: Ids, second: Ids | None, gmask: int, sop: int, eop: int) -> Ids:
+    """The one layout of a text and of a pair, for ids and for what is said of each of them."""
+    return [*first, gmask, sop] if second is None else [*first, gmask, sop, *second, eop]
 
 
 def _clean_up(text: str) -> str:
@@ -120,9 +128,7 @@ def _prompt(system: str, texts: list[str], generation: bool = True) -> str:
     return text if generation else text[: -len("答：")]
 
 
-def _chat_parts(
-    messages: list[Any], add_generation_prompt: bool = False, continue_final_message: bool = False
-) -> tuple[str, ...]:
+def _chat_parts(messages: list, add_generation_prompt=False, continue_final_message=False) -> tuple[str, ...]:
     """The text of the prompt, and that of the answer where the conversation ends with one."""
     system, texts = _split(messages)
     if not texts:
@@ -175,15 +181,16 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         clean_up_tokenization_spaces: bool = False,
         **kwargs: Any,
     ) -> None:
-        # transformers >= 4.34 asks for the vocabulary while its own __init__ runs
-        self.sp, complete = read_complete(vocab_file or Path(kwargs.get("name_or_path") or "", VOCAB_FILE))
-        self.vocab_file = vocab_file
-        self.num_image_tokens = (0 if complete else IMAGE_TOKENS) if num_image_tokens is None else num_image_tokens
-        if type(self.num_image_tokens) is not int or not 0 <= self.num_image_tokens <= IMAGE_TOKENS:
-            raise ValueError(f"num_image_tokens is {num_image_tokens!r}: it is 0 (slim) or {IMAGE_TOKENS} (full).")
         if bos_token is None or eos_token is None:
             raise ValueError(f"bos_token is {bos_token}, eos_token {eos_token}: every prompt needs <sop> and <eop>.")
-        self.do_lower_case, self.remove_space = do_lower_case, remove_space
+        self.sp, complete = read_complete(vocab_file or Path(kwargs.get("name_or_path") or "", VOCAB_FILE))
+        self.vocab_file = vocab_file
+        offset = (0 if complete else IMAGE_TOKENS) if num_image_tokens is None else num_image_tokens
+        if type(offset) is not int or not 0 <= offset <= IMAGE_TOKENS:
+            raise ValueError(f"num_image_tokens is {offset!r}: it is 0 (slim) or {IMAGE_TOKENS} (full).")
+        own = {"num_image_tokens": offset, "do_lower_case": do_lower_case, "remove_space": remove_space}
+        own["clean_up_tokenization_spaces"] = clean_up_tokenization_spaces
+        vars(self).update(own)  # transformers >= 4.34 asks for the vocabulary while its own __init__ runs
         self.split_special_tokens = bool(kwargs.get("split_special_tokens", False))  # below 4.34, nobody else does
         # tokenizer_config.json of the first release says </s>, but the model has always ended answers with <eop>
         eos_token = "<eop>" if str(eos_token) == str(end_token) else eos_token
@@ -191,15 +198,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         # a special token swallows the white space beside it, as all of them did before transformers 4.34
         form = {"lstrip": True, "rstrip": True, "normalized": False}
         special = {f"{name}_token": token and AddedToken(str(token), **form) for name, token in tokens.items()}
-        super().__init__(
-            **special,
-            do_lower_case=do_lower_case,
-            remove_space=remove_space,
-            num_image_tokens=self.num_image_tokens,
-            clean_up_tokenization_spaces=clean_up_tokenization_spaces,
-            **_settings(kwargs),
-        )
-        self.clean_up_tokenization_spaces = clean_up_tokenization_spaces
+        super().__init__(**special, **own, **_settings(kwargs))
         self.gmask_token, self.end_token = str(gmask_token), str(end_token)  # no special tokens to transformers
         self.gmask_token_id, self.end_token_id = map(self._convert_token_to_id, (self.gmask_token, self.end_token))
         # up to 4.33 only from_pretrained made them one token in text, and from 5.0 on they lose their flags
@@ -245,7 +244,11 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     @property
     def sp_tokenizer(self) -> OfficialParts:
         """The official code's name for what does the work, for programs that reach into it."""
-        return OfficialParts(self)
+        pieces = SimpleNamespace(sp=self.sp, num_tokens=self.sp.get_piece_size())
+        sizes = {"num_image_tokens": self.num_image_tokens, "num_text_tokens": pieces.num_tokens}
+        sizes["num_tokens"] = self.vocab_size
+        calls = {"encode": self.encode_text, "decode": self.decode}
+        return OfficialParts(tokenizer=self, text_tokenizer=pieces, vocab_file=self.vocab_file, **sizes, **calls)
 
     # ---- text to ids -----------------------------------------------------------------------------------------
     def _spell(self, text: str) -> str:
@@ -273,13 +276,11 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     def build_inputs_with_special_tokens(self, token_ids_0: Ids, token_ids_1: Ids | None = None) -> Ids:
         """The official layout: `text [gMASK] <sop>`, and for a pair `text [gMASK] <sop> second <eop>`."""
-        prompt = [*token_ids_0, self.gmask_token_id, self.bos_token_id]
-        return prompt if token_ids_1 is None else [*prompt, *token_ids_1, self.eos_token_id]
+        return _laid_out(token_ids_0, token_ids_1, self.gmask_token_id, self.bos_token_id, self.eos_token_id)
 
     def create_token_type_ids_from_sequences(self, token_ids_0: Ids, token_ids_1: Ids | None = None) -> Ids:
         """0 for a prompt, 1 for what follows its `<sop>`; overridden because before 5.0 they come out too short."""
-        prompt = [0] * (len(token_ids_0) + 2)
-        return prompt if token_ids_1 is None else prompt + [1] * (len(token_ids_1) + 1)
+        return _laid_out([0] * len(token_ids_0), token_ids_1 and [1] * len(token_ids_1), 0, 0, 1)
 
     def get_special_tokens_mask(
         self, token_ids_0: Ids, token_ids_1: Ids | None = None, already_has_special_tokens: bool = False
@@ -287,8 +288,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """1 where a token is added; overridden because transformers (4.23 to 5.24) knows no layout, and says 0."""
         if already_has_special_tokens:
             return super().get_special_tokens_mask(token_ids_0, token_ids_1, already_has_special_tokens=True)
-        prompt = [0] * len(token_ids_0) + [1, 1]
-        return prompt if token_ids_1 is None else prompt + [0] * len(token_ids_1) + [1]
+        return _laid_out([0] * len(token_ids_0), token_ids_1 and [0] * len(token_ids_1), 1, 1, 1)
 
     def truncate_sequences(
         self, ids: Ids, pair_ids: Ids | None = None, num_tokens_to_remove: int = 0, **options: Any
@@ -298,9 +298,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         part = (pair_ids or []) if strategy == "only_second" else ids
         is_one = pair_ids is None or strategy != "longest_first"
         if is_one and num_tokens_to_remove >= max(len(part), 1):
-            logger.warning(
-                f"{num_tokens_to_remove} of {len(part)} tokens are to be cut, so none is: raise max_length."
-            )
+            logger.warning(f"{num_tokens_to_remove} of {len(part)} tokens are to be cut, none is: raise max_length.")
             num_tokens_to_remove = 0
         return super().truncate_sequences(ids, pair_ids, num_tokens_to_remove, **options)
 
@@ -364,8 +362,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             options: those of transformers. `return_assistant_tokens_mask` marks the last answer, the only one that
                 the model can learn from; `tokenizer_kwargs` go to `pad`; tools, documents and such have no effect.
 
-        Raises:
-            ValueError: a conversation of another shape or with other roles, or a flag that does not fit its end.
+        Raises ValueError for a conversation of another shape or with other roles, or a flag that does not fit its end.
         """
         conversation = getattr(conversation, "messages", conversation)  # the Conversation objects of 4.x
         if not isinstance(conversation, (list, tuple)) or not conversation:
@@ -422,11 +419,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             encoded["assistant_masks"] = answers
         if not is_batch and return_tensors is None:
             encoded = BatchEncoding({name: values[0] for name, values in encoded.items()})
-        if return_dict is None:
-            from .compat import chat_returns_dict  # here, since it needs torch, and the rest of this file does not
-
-            return_dict = chat_returns_dict()
-        return encoded if return_dict else encoded["input_ids"]
+        return encoded if (IS_TRANSFORMERS_5 if return_dict is None else return_dict) else encoded["input_ids"]
 
     # ---- ids to text -----------------------------------------------------------------------------------------
     def decode(
@@ -467,19 +460,30 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         return self.sp.decode_pieces([WHITESPACE.get(token, token) for token in tokens])
 
-    @property
-    def _tokenizer(self) -> Any:
-        """`decode` as an object of the library tokenizers, whose DecodeStream makes the text of `transformers serve`
-        (5.23, 5.24). It encodes nothing."""
-        from tokenizers import Tokenizer, decoders, models
+    if IS_TRANSFORMERS_5:
 
-        def texts(tokens: list[str]) -> list[str]:
-            return [self.decode(self.convert_tokens_to_ids(tokens), clean_up_tokenization_spaces=False)]
+        @property
+        def _tokenizer(self) -> Any:
+            """`decode` as an object of the library tokenizers, whose DecodeStream makes the text of `transformers
+            serve`. It encodes nothing, and is made anew where tokens were added."""
+            made_for, twin = vars(self).get("_twin", (None, None))
+            state = len(self), self.all_special_tokens
+            if made_for != state:
+                from tokenizers import Tokenizer, decoders, models
 
-        twin = Tokenizer(models.WordLevel(self.get_vocab()))
-        twin.add_special_tokens([str(token) for token in self.all_special_tokens])
-        twin.decoder = decoders.Decoder.custom(SimpleNamespace(decode_chain=texts))
-        return twin
+                me = weakref.proxy(self)  # Python's garbage collector does not see through the library's objects
+
+                def texts(tokens: list[str]) -> list[str]:
+                    return [me.decode(me.convert_tokens_to_ids(tokens), clean_up_tokenization_spaces=False)]
+
+                twin = Tokenizer(models.WordLevel(self.get_vocab()))
+                twin.add_special_tokens([str(token) for token in self.all_special_tokens])
+                twin.decoder = decoders.Decoder.custom(SimpleNamespace(decode_chain=texts))
+                self._twin = state, twin
+            return twin
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {k: v for k, v in vars(self).items() if k != "_twin"}  # which decodes by this very object
 
     # ---- files -----------------------------------------------------------------------------------------------
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
@@ -490,21 +494,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return (str(path),)
 
 
-class OfficialParts:
-    """What converters and stream decoders written for the official code read of `tokenizer.sp_tokenizer`.
-
-    `text_tokenizer.sp` is the SentencePieceProcessor, `[token]` an id and `[id]` a token, image tokens counted.
-    """
-
-    def __init__(self, tokenizer: ChatGLMTokenizer) -> None:
-        self._tokenizer, self.vocab_file = tokenizer, tokenizer.vocab_file
-        self.encode, self.decode = tokenizer.encode_text, tokenizer.decode
-        self.num_image_tokens, self.num_tokens = tokenizer.num_image_tokens, tokenizer.vocab_size
-        self.num_text_tokens = self.num_tokens - self.num_image_tokens
-        self.text_tokenizer = SimpleNamespace(sp=tokenizer.sp, num_tokens=self.num_text_tokens)
+class OfficialParts(SimpleNamespace):
+    """What converters and stream decoders written for the official code read of `tokenizer.sp_tokenizer`: besides its
+    attributes, `[token]` is an id and `[id]` a token, image tokens counted."""
 
     def __getitem__(self, item: str | int) -> int | str:
-        of = self._tokenizer
+        of = self.tokenizer
         return of.convert_tokens_to_ids(item) if isinstance(item, str) else of.convert_ids_to_tokens(item)
 
 
