@@ -208,11 +208,14 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         print(f"cannot serve {options.model}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     if options.host not in LOOPBACK and not keys:
         logging.warning("whoever reaches %s may use this server: give it an --api-key-file", options.host)
     app = make_app(service, keys, hosts_of(options))
     config = uvicorn.Config(app, options.host, options.port, timeout_graceful_shutdown=options.grace + 5)
-    Server(config, service, options.grace).run()
+    with contextlib.suppress(KeyboardInterrupt):  # said once more when all has ended
+        Server(config, service, options.grace).run()
     return 0
 
 

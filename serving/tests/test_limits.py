@@ -6,7 +6,10 @@ import contextlib
 import http.client
 import json
 import logging
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -15,6 +18,7 @@ import pytest
 pytest.importorskip("fastapi", reason="pip install -r serving/requirements.txt")
 
 from serving.schemas import Limits
+from serving.tests.conftest import ROOT, TINY
 from serving.tests.running import MODEL, Served
 
 SECRET = "eine geheime Frage 0815"
@@ -479,6 +483,67 @@ def test_shutdown_finishes_or_ends_what_runs_within_its_time(tiny, grace):
     assert (b"[DONE]" in received) == bool(grace)
     assert (b"shutting down" in received) == (not grace)
     assert not served.service.scheduler.thread.is_alive()
+
+
+FLAGS = {"type": "array", "items": {"type": "boolean"}, "minItems": 90_000}
+WITHOUT_END = {"type": "json_schema", "json_schema": {"name": "flags", "schema": FLAGS}}
+
+
+class Program:
+    """`python serving/api.py` with tiny, that listens."""
+
+    def __init__(self):
+        with socket.socket() as one:
+            one.bind(("127.0.0.1", 0))
+            self.port = one.getsockname()[1]
+        options = f"--model {TINY} --port {self.port} --slots 4 --grace 1 --max-length 100000 --places 10000000"
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "serving" / "api.py"), *options.split()],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def __enter__(self):
+        deadline = time.monotonic() + 300
+        while not self.listens():
+            assert self.process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        return self
+
+    def listens(self) -> bool:
+        with socket.socket() as one:
+            return one.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.communicate()
+
+    def end(self, how: signal.Signals) -> tuple[int, str]:
+        self.process.send_signal(how)
+        return self.process.wait(60), self.process.stdout.read()
+
+
+def test_sigterm_under_load_ends_every_answer_with_a_word():
+    with Program() as program, contextlib.ExitStack() as stack:
+        bodies = [endless(stream=bool(n % 2), max_tokens=90_000, response_format=WITHOUT_END) for n in range(12)]
+        clients = [stack.enter_context(raw(program, body)) for body in bodies]
+        heard = [b"" if n % 2 == 0 else client.recv(1000) for n, client in enumerate(clients)]
+        assert all(one.startswith(b"HTTP/1.1 200") for one in heard[1::2])
+        program.process.send_signal(signal.SIGTERM)
+        for number, client in enumerate(clients):
+            while piece := client.recv(1 << 16):
+                heard[number] += piece
+        code, _ = program.end(signal.SIGTERM)
+    assert code in (0, -signal.SIGTERM)
+    assert all(b"the server is shutting down" in one for one in heard)
+    assert all(one.startswith(b"HTTP/1.1 503") for one in heard[::2])
+
+
+def test_ctrl_c_ends_the_program_without_a_traceback():
+    with Program() as program:
+        code, said = program.end(signal.SIGINT)
+    assert code == 0 and "Traceback" not in said
 
 
 def test_health_says_that_the_server_is_leaving(served):
