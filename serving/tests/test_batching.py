@@ -435,8 +435,8 @@ def test_close_lets_finish_what_can_and_ends_the_rest_in_time(tiny, questions):
     scheduler.submit([short, *endless])
     until(lambda: endless[0].answer)
     started = time.monotonic()
-    scheduler.close(seconds=1)
-    assert not scheduler.thread.is_alive() and time.monotonic() - started >= 1
+    scheduler.close(seconds=3)  # one more token of `short`, on a busy machine
+    assert not scheduler.thread.is_alive() and time.monotonic() - started >= 3
     assert short.tell.end.reason == "length"
     assert all(isinstance(work.tell.end.error, ShuttingDown) for work in endless)
     with pytest.raises(ShuttingDown):
