@@ -26,11 +26,11 @@ import nox
 # The oldest version that the original's users were told to have, each version where something important changed,
 # the last 4.x, the first 5.x and the newest.
 RUNGS = [
-    *("4.23.1", "4.26.1", "4.36.2", "4.41.2", "4.49.0", "4.53.3", "4.57.6"),
+    *("4.23.1", "4.26.1", "4.31.0", "4.36.2", "4.41.2", "4.49.0", "4.53.3", "4.57.6"),
     *("5.0.0", "5.3.0", "5.17.0", "5.23.0", "5.24.0"),
 ]
 # Where a tokenizers of that time has no wheel for a newer Python; there the rung is skipped.
-NEWEST_PYTHON = {"4.23.1": (3, 11), "4.26.1": (3, 11), "4.41.2": (3, 12)}
+NEWEST_PYTHON = {"4.23.1": (3, 11), "4.26.1": (3, 11), "4.31.0": (3, 11), "4.41.2": (3, 12)}
 # test_compat.py holds a row of the table for each feature; the others are the ordinary tests of the package's files.
 FEATURES = "test_compat"
 SUITES = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import re
 from pathlib import Path
@@ -10,7 +11,6 @@ from pathlib import Path
 import chatglm_cpu
 import pytest
 import torch
-import transformers
 from chatglm_slim import compat
 from chatglm_slim.compat import GrowingCache
 from chatglm_slim.configuration_chatglm import ChatGLMConfig
@@ -639,8 +639,8 @@ def test_guidance_wants_a_whole_prompt_to_lead_away_from_and_then_equals_two_mod
     options = {"do_sample": False, "max_new_tokens": new, "min_length": prompt.shape[1] + new}
     with pytest.raises(ValueError, match=r"guidance_scale = 1.7: .* as negative_prompt_ids"):
         model.generate(prompt, guidance_scale=scale, **options)
-    if not hasattr(getattr(transformers, "GenerationConfig", object)(), "guidance_scale"):
-        pytest.skip("this transformers version has no guidance")
+    if "negative_prompt_ids" not in inspect.signature(model.generate).parameters:  # 4.32
+        pytest.skip("this transformers version has no guidance by a second prompt")
     assert torch.equal(model.generate(prompt, guidance_scale=1.0, **options), model.generate(prompt, **options))
     guided = model.generate(prompt, guidance_scale=scale, negative_prompt_ids=other, **options)
     for index in range(prompt.shape[1], guided.shape[1]):

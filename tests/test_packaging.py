@@ -24,6 +24,9 @@ PAGES = [
     *sorted(DOCS.rglob("*.md")),
     *(ROOT / f"{name}.md" for name in ("CONTRIBUTING", "SECURITY", "CHANGELOG")),
 ]
+FOLDERS = ("benchmarks", "cpu", "finetune", "serving", "tiny")
+PAGES_OF_FOLDERS = [page for name in FOLDERS for page in sorted((ROOT / name).glob("*.md"))]
+REPORTS = sorted((ROOT / "benchmarks" / "results").glob("*.md"))
 
 
 def pins(name: str) -> dict[str, str]:
@@ -128,11 +131,26 @@ def test_python_examples_of_the_readme_run(monkeypatch, capsys):
 
 
 def test_commands_of_the_pages_use_the_environment_that_make_made():
-    for page in PAGES:
+    for page in [*PAGES, *PAGES_OF_FOLDERS]:
         text = page.read_text(encoding="utf-8")
         without_make = re.sub(r"^```sh\n(?:.*\n)*?pip install(?:.*\n)*?```", "", text, flags=re.MULTILINE)
         assert not re.findall(r"(?<!bin/)\bpython [\w/]+\.py", without_make), page.name
     assert all(".venv/bin/python cli_chat.py" in readme.read_text(encoding="utf-8") for readme in READMES)
+
+
+def test_commands_of_the_pages_name_programs_and_options_that_there_are():
+    folders = ("", "benchmarks", "finetune", "serving", "slimming")
+    code = "".join(file.read_text(encoding="utf-8") for name in folders for file in (ROOT / name).glob("*.py"))
+    known, seen = {*re.findall(r'"(--[a-z][\w-]*)"', code), "--help"}, 0
+    for page in [*PAGES, *PAGES_OF_FOLDERS]:
+        if page.name == "speed.md":
+            continue  # figures of an earlier version stand with the command of that version
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        for program, options in re.findall(r"bin/python ((?:\w+/)*\w+\.py)\b([^`\n]*)", text):
+            seen += 1
+            unknown = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", options)) - known
+            assert (ROOT / program).is_file() and not unknown, f"{page}: {program}{options}"
+    assert seen > 20
 
 
 def test_pages_in_both_languages_show_the_same_code():
@@ -163,10 +181,19 @@ def test_commands_that_error_messages_name_as_a_cure_are_commands_of_slim():
         assert options.repackage or options.source != "THUDM/chatglm-6b", line
 
 
-def test_links_of_the_pages_lead_to_files():
-    for page in PAGES:
-        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
-            assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
+def anchors(page: Path) -> set[str]:
+    """The names that GitHub gives to a page's headings."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_of_all_pages_lead_to_files_and_headings():
+    for page in [*PAGES, *PAGES_OF_FOLDERS, *REPORTS]:
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            name, _, heading = target.partition("#")
+            file = page.parent / name if name else page
+            assert target.startswith("https://") or file.exists(), f"{page}: {target}"
+            assert not heading or file.suffix != ".md" or heading in anchors(file), f"{page}: {target}"
 
 
 def test_importing_the_code_files_does_nothing_but_define():
