@@ -55,6 +55,7 @@ except ImportError:
                 layers[:] = [old if old is None else old.index_select(0, beam_idx.to(old.device)) for old in layers]
 
 
+HAS_CACHES = DynamicCache.__module__.startswith("transformers.")  # 4.36
 try:  # 4.48
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 except ImportError:
@@ -191,6 +192,8 @@ def give_cache(model, arguments: tuple, options: dict):
         use_cache, kind = (chosen_setting(model, arguments, options, n) for n in ("use_cache", "cache_implementation"))
         if not use_cache or kind is not None or options.get("custom_generate"):
             return None
+        if options.get("assistant_model") and not HAS_CACHES:  # it runs the model on tokens without their positions
+            raise ValueError(f"assistant_model needs transformers 4.36 or newer, this is {transformers.__version__}")
         if options.get("assistant_model") and not hasattr(GenerationMixin, "_prepare_cache_for_generation"):
             return None  # 4.44 and older may share it with the assistant
         cache = GrowingCache()
@@ -336,7 +339,7 @@ class VersionedModel(PreTrainedModel):
         model.freeze()
         return loaded
 
-    if not hasattr(PreTrainedModel, "_tied_weights_keys"):  # below 4.28, which call a tied head "newly initialized"
+    if not HAS_CACHES:  # 4.23 to 4.3x call a tied head "newly initialized"
 
         @classmethod
         def _load_pretrained_model(cls, model, *args, **kwargs):
