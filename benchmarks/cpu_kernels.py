@@ -211,7 +211,8 @@ class Sweep:
     """One weight in all formats, and the ways to multiply with it."""
 
     def __init__(self, shape: tuple[int, int]):
-        self.routes, self.kernels = engine_module("routes"), engine_module("kernels")
+        names = ("routes", "kernels", "measuring")
+        self.routes, self.kernels, self.measuring = map(engine_module, names)
         self.matrix = Matrix(*shape)
 
     def weight(self, name: str) -> tuple:
@@ -239,7 +240,8 @@ class Sweep:
         seconds: dict[str, list[float]] = {}
         best = 0.0
         for run in range(runs + 1):  # the first one compiles and warms up
-            for way, (call, weight) in ways.items():
+            for way in self.measuring.rotated(list(ways), run):
+                call, weight = ways[way]
                 if run and (way not in seconds or (run > 1 and seconds[way][0] > HOPELESS * best)):
                     continue
                 self.kernels.flush(weight)

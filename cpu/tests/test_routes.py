@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from chatglm_cpu import crowding, instruction_set, kernels, linear, measuring, routes
+from chatglm_cpu import crowding, instruction_set, kernels, linear, measuring, routes, runtime
 from chatglm_cpu.kernels import activations_as_int8
 from test_kernels import DTYPES, ROUNDING, make_weight, make_x
 
@@ -21,18 +21,24 @@ def weight_type(bits, dtype):
 
 
 def all_candidates():
-    for bits, group in FORMATS:
-        for dtype in DTYPES:
-            for rows in (1, 3, 7, 16, 33):
-                for name in routes.candidates(rows, dtype, bits, group, weight_type(bits, dtype), True):
-                    yield pytest.param(bits, group, dtype, rows, name, id=f"{bits}-{group}-{dtype}-{rows}-{name}")
+    sets = ("avx2", "avx512", "avx512_bf16")
+    for isa in sets[: sets.index(instruction_set() or "avx2") + 1]:
+        for bits, group in FORMATS:
+            for dtype in DTYPES:
+                for rows in (1, 3, 7, 16, 33) if isa == instruction_set() else (3, 33):
+                    for name in routes._candidates(isa, rows, dtype, bits, group, weight_type(bits, dtype), True):
+                        label = f"{isa}-{bits}-{group}-{dtype}-{rows}-{name}"
+                        yield pytest.param(isa, bits, group, dtype, rows, name, id=label)
 
 
 CANDIDATES = list(all_candidates())
 
 
-@pytest.mark.parametrize(("bits", "group", "dtype", "rows", "name"), CANDIDATES)
-def test_each_candidate_is_right_when_it_is_asked_for_by_name(bits, group, dtype, rows, name):
+@pytest.mark.parametrize(("isa", "bits", "group", "dtype", "rows", "name"), CANDIDATES)
+def test_each_candidate_of_each_instruction_set_is_right_when_it_is_asked_for_by_name(
+    monkeypatch, isa, bits, group, dtype, rows, name
+):
+    monkeypatch.setitem(runtime._machine, "isa", isa)
     weight, scale, exact = make_weight(132, 640, bits, group, dtype if bits < 16 else weight_type(bits, dtype))
     x, bias = make_x(rows, 640, dtype), torch.linspace(-3, 3, 132).to(dtype)
     y = routes.linear_by(name, x, weight, scale, bits, bias)
