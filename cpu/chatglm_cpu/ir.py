@@ -110,7 +110,7 @@ class Variant(NamedTuple):
             return self._replace(tile={1: 2, 2: 2}.get(self.rows, 1))
         if self.rows > 4:
             return self._replace(tile=2)
-        if self.rows > 1 or (self.bits == 4 and not self.dots_bf16):
+        if self.rows > 1 or (self.bits < 16 and not self.dots_bf16):
             return self._replace(tile=TILE)
         if columns <= self.slab_columns:
             return self._replace(tile=1)
