@@ -41,12 +41,17 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-# Gradio's own colours are too faint: of every answer, and of code above all.
+# Gradio's own colours are too faint: of every answer, of hints, and of code above all.
 COLOURS = {"comment": ("#57606a", "#9198a1"), "keyword": ("#a40e26", "#ff7b72"), "function": ("#6639ba", "#d2a8ff")}
 COLOURS.update(string=("#0a3069", "#a5d6ff"), number=("#0550ae", "#79c0ff"), punctuation=("inherit", "inherit"))
-LEGIBLE = ".chatbot.prose {opacity: 1 !important}\n" + "".join(
-    f"code .token.{kind} {{color: {light} !important}} .dark code .token.{kind} {{color: {dark} !important}}\n"
-    for kind, (light, dark) in COLOURS.items()
+HINTS = ":root:root {--block-info-text-color: #57606a}\n"
+LEGIBLE = (
+    HINTS
+    + ".chatbot.prose {opacity: 1 !important}\n"
+    + "".join(
+        f"code .token.{kind} {{color: {light} !important}} .dark code .token.{kind} {{color: {dark} !important}}\n"
+        for kind, (light, dark) in COLOURS.items()
+    )
 )
 # Nothing from outside; no links to an API that nobody asked for.
 LAUNCH = {"share": False, "ssr_mode": False, "pwa": False, "footer_links": [], "show_error": True, "css": LEGIBLE}

@@ -178,7 +178,13 @@ def test_markdown_code_and_latex_are_drawn_and_legible(tab, address, theme, tmp_
     assert tab.get_by_test_id("bot").locator("ol li").all_inner_texts() == ["第一", "第二"]
     code = tab.get_by_test_id("bot").locator("pre code, pre code .token").all()
     assert len(code) > 5
-    for element in (bold, *code, tab.get_by_text("Settings")):
+    tab.get_by_text("Settings").click()
+    hint = tab.get_by_text("always the likeliest token")
+    hint.wait_for()
+    labels = [
+        tab.get_by_text(text, exact=False).first for text in ("System message", "Sample", "Temperature", "Top-p")
+    ]
+    for element in (bold, *code, tab.get_by_text("Settings"), hint, *labels):
         assert contrast(element) >= 4.5, "the least that WCAG 2 asks of text (AA)"
     tab.screenshot(path=tmp_path / f"{theme}.png")
 
