@@ -40,7 +40,7 @@ PACKED_AT_ONCE = 1 << 20  # weights, which take four bytes each while they are p
 def engine():
     """The module chatglm_cpu, or None where it is missing, too old, or does not start (both said in one line)."""
     try:
-        import chatglm_cpu
+        import chatglm_cpu  # said here: below 4.27, an import alone on its line is asked for in files of the Hub
 
         if chatglm_cpu.API_LEVEL >= API_LEVEL:
             return chatglm_cpu
