@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -119,3 +122,14 @@ def test_the_report_says_how_it_is_called(benchmarks, monkeypatch, capsys):
     with pytest.raises(SystemExit) as left:
         speed_report.main()
     assert left.value.code == 0 and "FILE.json" in capsys.readouterr().out
+
+
+def test_the_logits_of_each_device_map_are_set_beside_those_of_one_process(benchmarks, monkeypatch, capsys):
+    pytest.importorskip("accelerate")
+    pytest.importorskip("transformers.distributed.mixin", reason="transformers 5.23 and later")
+    devices = importlib.import_module("devices")
+    monkeypatch.setattr(sys, "argv", ["devices.py", str(ROOT / "tiny")])
+    devices.main()
+    lines = re.findall(r"^(INT\d, )?float32, blocks on (.+): (\S+) of (\S+)$", capsys.readouterr().out, flags=re.M)
+    assert [bits for bits, place, *_ in lines if place == "the disk"] == ["", "INT8, ", "INT4, "]
+    assert all(float(furthest) <= 1e-4 * float(largest) for *_, furthest, largest in lines)  # sums in another order
