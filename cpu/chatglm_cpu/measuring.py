@@ -40,7 +40,7 @@ WORDS, WAYS = {"default", "measure", "list"}, ("gemv", "gemm", "dense", "int8pac
 ROUNDS = 5  # of all ways in turn; the first one compiles, checks and warms up, of the others the fastest counts
 SECONDS = 0.08  # after which no further round begins
 LEAD = 0.05  # the default stays unless another is faster by this share
-SAMPLE_BYTES = 32 << 20  # of the weight, read from memory
+SAMPLE_BYTES = 64 << 20  # of the weight: a second pass over it shall not find it in a cache
 SAMPLE_FLOPS = 1e9  # for each thread
 CHECKED_ROWS = 32  # of the sample, whose results are compared with plain PyTorch
 
@@ -153,11 +153,12 @@ def rotated(names: list[str], by: int) -> list[str]:
 
 
 def _sample(problem: Problem) -> tuple[Tensor, Tensor | None]:
-    """The first rows of the weight: as many as take a few milliseconds, and enough for all threads."""
+    """The first rows of the weight: as many as take a few milliseconds, the same number of blocks for each thread."""
     weight, scale, threads = problem.weight, problem.scale, torch.get_num_threads()
     by_bytes = SAMPLE_BYTES // (weight.shape[1] * weight.element_size())
     by_flops = int(SAMPLE_FLOPS * threads / (2 * problem.rows * columns_of(problem.weight, problem.bits)))
-    rows = max(min(by_bytes, by_flops) // BLOCK_ROWS, 2 * threads) * BLOCK_ROWS
+    block = BLOCK_ROWS * threads
+    rows = max(min(by_bytes, by_flops) // block, 2) * block
     return weight[:rows], None if scale is None else scale[:rows]
 
 

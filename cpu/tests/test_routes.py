@@ -125,6 +125,15 @@ def test_a_wrong_result_never_wins(choosing, clock, monkeypatch):
     assert ranked()[0] != "dense" and ranked()[-1] == "dense"
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("rows", [1, 128, 512])
+def test_a_sample_has_as_many_blocks_of_rows_for_each_thread(monkeypatch, threads, rows):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    weight = torch.empty(12288, 2048, dtype=torch.int8)
+    sample, _ = measuring._sample(measuring.Problem("", rows, torch.bfloat16, weight, torch.empty(12288), 4))
+    assert len(sample) >= 2 * measuring.BLOCK_ROWS * threads and len(sample) % (measuring.BLOCK_ROWS * threads) == 0
+
+
 def test_small_weights_are_not_timed(choosing, monkeypatch):
     monkeypatch.setattr(routes, "SMALLEST", 128 * 256 + 1)
     ranked()
