@@ -167,6 +167,8 @@ def given_cache(past_key_values=None, cache=None, past=None, **others):
 def as_cache(past):
     """A Cache of transformers as it is; a tuple of (keys, values) [B, H, n, D] per layer in one that grows."""
     if not isinstance(past, (tuple, list)):
+        if DynamicLayer is None and isinstance(getattr(past, "key_cache", None), Tensor):
+            raise ValueError("StaticCache of transformers 4.38 to 4.40 holds one layer: take 4.41, or DynamicCache")
         return past
     cache = GrowingCache()
     for layer_idx, (keys, values) in enumerate(past):
