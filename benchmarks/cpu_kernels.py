@@ -240,7 +240,7 @@ class Sweep:
         seconds: dict[str, list[float]] = {}
         best = 0.0
         for run in range(runs + 1):  # the first one compiles and warms up
-            for way in self.measuring.rotated(list(ways), run):
+            for way in self.measuring.shuffled(list(ways), run):
                 call, weight = ways[way]
                 if run and (way not in seconds or (run > 1 and seconds[way][0] > HOPELESS * best)):
                     continue

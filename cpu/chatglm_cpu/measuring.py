@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import platform
+import random
 import sys
 import tempfile
 import threading
@@ -136,7 +137,7 @@ def measure(problem: Problem, names: list[str], compute: Compute) -> dict[str, f
         for number in range(1, ROUNDS):
             best = min(times.values(), default=0)
             kept = [name for name in times if number == 1 or times[name] < 1.5 * best]
-            for name in rotated(kept, number):
+            for name in shuffled(kept, number):
                 flush(weight)
                 start = time.perf_counter()
                 compute(name, x, weight, scale, problem.bits, None)
@@ -146,10 +147,9 @@ def measure(problem: Problem, names: list[str], compute: Compute) -> dict[str, f
     return times
 
 
-def rotated(names: list[str], by: int) -> list[str]:
-    """Another one first each time, since whoever comes after PyTorch's product was seen to take a tenth longer."""
-    by %= len(names) or 1
-    return names[by:] + names[:by]
+def shuffled(names: list[str], seed: int) -> list[str]:
+    """In another order each time, since whoever comes after PyTorch's product was seen to take a tenth longer."""
+    return random.Random(seed).sample(names, len(names))
 
 
 def _sample(problem: Problem) -> tuple[Tensor, Tensor | None]:
