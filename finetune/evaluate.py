@@ -62,6 +62,8 @@ def arguments_of(words: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(words)
     if not options.data and not options.tasks:
         parser.error("give --data FILE, --tasks NAME, or both")
+    if options.json and not options.json.parent.is_dir():
+        parser.error(f"--json {options.json}: there is no folder {options.json.parent}")
     if options.limit is not None and options.limit < 1:
         parser.error(f"--limit {options.limit}: give 1 or more")
     return options
@@ -74,7 +76,7 @@ def main(words: list[str] | None = None) -> list[dict]:
         rows = [measured(path, *format, options) for path in options.model for format in formats]
     except ImportError as error:
         raise SystemExit(f"error: {error.name} is missing: {NEEDS}") from error
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     print(table(rows))
     if options.json:

@@ -119,7 +119,7 @@ def main(words: list[str] | None = None) -> dict:
     options = arguments_of(words)
     try:
         return tune(options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
 
 

@@ -98,6 +98,11 @@ def test_what_cannot_be_measured_is_said_in_one_line(tmp_path, capsys, monkeypat
     with pytest.raises(SystemExit):
         evaluate.main(["--model", TINY])
     assert "give --data FILE, --tasks NAME, or both" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        evaluate.main(["--model", TINY, "--data", "x.jsonl", "--json", str(tmp_path / "no" / "x.json")])
+    assert "there is no folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="^error: .*no such.jsonl"):
+        evaluate.main(["--model", TINY, "--data", str(tmp_path / "no such.jsonl")])
     with pytest.raises(SystemExit, match="--tasks no_such_task: lm-evaluation-harness knows none"):
         evaluate.main(["--model", TINY, "--tasks", "no_such_task"])
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n', encoding="utf-8")

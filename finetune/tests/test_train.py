@@ -158,6 +158,15 @@ def test_bad_rows_end_the_command_by_line_before_anything_is_written(data, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+def test_files_that_are_not_there_are_named_in_one_line(data, tmp_path):
+    with pytest.raises(SystemExit, match="^error: .*no such.jsonl"):
+        train.main(command(tmp_path / "no such.jsonl", tmp_path / "out"))
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="^error: .*Not a directory"):
+        train.main(command(data, tmp_path / "file"))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
