@@ -521,6 +521,29 @@ def test_rows_that_a_caller_chooses_of_a_cache_keep_their_places(model):
         assert (found - expected).abs().max() <= bound
 
 
+@torch.no_grad()
+def test_a_cache_of_transformers_whose_rows_a_caller_chose_is_asked_for_positions_and_a_cropped_one_is_not(model):
+    """Who reorders it does not say so, and its contexts may end elsewhere now."""
+    cache_utils = pytest.importorskip("transformers.cache_utils")
+    whole = torch.stack((IDS[0], torch.cat((torch.full((2,), model.config.pad_token_id), IDS[0, 2:]))))
+    cache = cache_utils.DynamicCache()
+    model(whole[:, :9], past_key_values=cache, use_cache=True)
+    step = model(whole[:, 9:10], past_key_values=cache, use_cache=True).logits
+    truth = exact(model, whole).logits
+    assert_as_near(step, model(whole).logits[:, 9:10], truth[:, 9:10], roundings(model.config))
+    if hasattr(cache, "crop"):
+        cache.crop(-1)
+        again = model(whole[:, 9:10], past_key_values=cache, use_cache=True).logits
+        assert_as_near(again, step, truth[:, 9:10], roundings(model.config))
+    cache.reorder_cache(torch.tensor([1, 0]))
+    with pytest.raises(ValueError, match="does not know where its context ends"):
+        model(whole[:, 10:], past_key_values=cache)
+    places = model.get_position_ids(whole, [4, 4], "cpu")[[1, 0], :, 10:]
+    mask = padding_mask(whole)[[1, 0]]
+    rest = model(whole[[1, 0], 10:], past_key_values=cache, position_ids=places, attention_mask=mask).logits
+    assert_as_near(rest, model(whole[[1, 0]]).logits[:, 10:], truth[[1, 0], 10:], roundings(model.config))
+
+
 def test_growing_cache_writes_in_place_and_survives_cropping_and_reordering():
     cache, parts = GrowingCache(), []
     pointers = set()

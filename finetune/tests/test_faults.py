@@ -24,11 +24,15 @@ def test_labels_of_the_answer_are_right_and_labels_of_the_context_are_told(load,
     model, (ids, labels) = load(), example(tokenizer)
     backward(model, ids, labels)
     backward(model, ids, torch.where(torch.arange(ids.shape[1]) == 0, ids, labels))  # the first label is for no token
-    assert "labels before <sop>" not in said.text
+    assert "labels before <sop>" not in said.text and looks_at_gradients(model, ids)
     backward(model, ids, ids)
     assert said.text.count("labels before <sop>") == 1 and "finetune/collators.py" in said.text
     backward(model, ids, ids)
-    assert said.text.count("labels before <sop>") == 1
+    assert said.text.count("labels before <sop>") == 1 and not looks_at_gradients(model, ids)
+
+
+def looks_at_gradients(model, ids) -> bool:
+    return bool(model.transformer(ids).last_hidden_state._backward_hooks)
 
 
 @pytest.mark.parametrize("at", [-2, -1, 0], ids=["before [gMASK]", "[gMASK]", "<sop>"])
