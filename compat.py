@@ -41,8 +41,10 @@ except ImportError:
     from transformers.generation_utils import GenerationMixin
 
 try:  # 4.36
+    from transformers import cache_utils
     from transformers.cache_utils import DynamicCache
 except ImportError:
+    cache_utils = None
 
     class DynamicCache:  # what GrowingCache needs of it
         def __init__(self):
@@ -57,14 +59,11 @@ except ImportError:
 
 
 HAS_CACHES = DynamicCache.__module__.startswith("transformers.")  # 4.36
-try:  # 4.54
-    from transformers.cache_utils import DynamicLayer
-except ImportError:
-    DynamicLayer = None
 try:  # 4.53
     from transformers import masking_utils
 except ImportError:
     masking_utils = None
+DynamicLayer = getattr(cache_utils, "DynamicLayer", None)  # 4.54
 ALL_ATTENTION_FUNCTIONS = getattr(modeling_utils, "ALL_ATTENTION_FUNCTIONS", {})  # 4.48
 
 # What generate calls the cache: "past_key_values" before 5.24, "cache" since then, as outputs do.

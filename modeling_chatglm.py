@@ -673,22 +673,20 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         mask, positions = options.get("attention_mask"), options.pop("position_ids", None)
         if positions is not None and positions.dim() == 2 and self.position_encoding_2d:
             positions = None  # made by transformers, for an assistant
-        official = mask.bool() if mask is not None and mask.dim() == 4 else None
-        if positions is None and official is None:
+        is_official = mask is not None and mask.dim() == 4
+        if positions is None and not is_official:
             return
-        if official is not None:
-            options["attention_mask"] = mask = (~official.all(dim=2))[:, 0].long().expand(len(prompt), -1)
-        if positions is not None:
-            positions = self.transformer.checked_positions(positions, prompt.shape[1])
-        derived_positions, derived_mask, _ = self.transformer.place(prompt, None, mask, None, 0)
-        real = torch.ones_like(prompt[:, None]) if mask is None else mask[:, None]
-        for name, given, derived, rows in (
-            ("attention_mask", official, derived_mask, real.unsqueeze(-1)),
-            ("position_ids", positions, derived_positions, real),
-        ):
-            if given is not None and ((given != derived) & rows.bool()).any():
+        tokens = (~mask.bool().all(dim=2))[:, 0].long().expand(len(prompt), -1) if is_official else mask
+        if is_official:
+            options["attention_mask"] = tokens
+        derived = self.transformer.place(prompt, None, tokens, None, 0)
+        given = self.transformer.place(prompt, derived[0] if positions is None else positions, mask, None, 0)
+        real = torch.ones_like(prompt[:, None]) if tokens is None else tokens[:, None]
+        names = ("position_ids", "attention_mask")
+        for name, theirs, ours, rows in zip(names, given, derived, (real, real.unsqueeze(-1))):
+            if ((theirs != ours) & rows.bool()).any():
                 raise ValueError(
-                    f"{name} of shape {tuple(given.shape)} is not what the model derives from this prompt, so it "
+                    f"{name} of shape {tuple(theirs.shape)} is not what the model derives from this prompt, so it "
                     "cannot be continued for new tokens: give generate() a 2-D mask [batch, length] with 0 for hidden "
                     "tokens, as the tokenizer returns it, and no position_ids"
                 )
