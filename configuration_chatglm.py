@@ -138,11 +138,8 @@ class ChatGLMConfig(PretrainedConfig):
         """How transformers splits the network over processes: by heads, and by inner columns."""
         if not HAS_TENSOR_PARALLELISM:
             return None
-        plan = {}
-        for split, join in (
-            ("attention.query_key_value", "attention.dense"),
-            ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
-        ):
+        plan, pairs = {}, {"attention.query_key_value": "attention.dense", "mlp.dense_h_to_4h": "mlp.dense_4h_to_h"}
+        for split, join in pairs.items():
             plan.update({f"layers.*.{split}": "colwise", f"layers.*.{join}": "rowwise"})
             if self.quantization_bit and not self.quantization_group_size:  # each process needs the scale of a row
                 plan[f"layers.*.{join}.weight_scale"] = "replicate"
