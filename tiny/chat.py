@@ -175,7 +175,7 @@ class TokenTap(StoppingCriteria):
                 for context in contexts:
                     stack.enter_context(context)
                 output = generate(**arguments)
-            ids = output if torch.is_tensor(output) else output.sequences
+            ids = getattr(output, "sequences", output)
             if ids.shape[1] > self.length:
                 self.queue.put(ids)
             self.queue.put(None)
@@ -192,11 +192,10 @@ class TokenTap(StoppingCriteria):
 def state_of_thread(device: torch.device) -> list:
     """What PyTorch keeps for this thread alone, as contexts for another one: autocast, inference mode, and CUDA's
     current device and stream. (Gradients are off in both.)"""
-    kinds = [kind for kind in {"cpu", device.type} if torch.amp.is_autocast_available(kind)]
     contexts: list = [
         torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=torch.is_autocast_cache_enabled())
-        for kind in kinds
-        if torch.is_autocast_enabled(kind)
+        for kind in {"cpu", device.type}
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     ]
     if torch.is_inference_mode_enabled():
         contexts.append(torch.inference_mode())
@@ -254,7 +253,7 @@ class ChatMixin:
         kwargs.update(do_sample=do_sample, top_p=top_p, temperature=temperature, answer_room=answer_room)
         answer, arguments = self._begin(tokenizer, query, history, stop, kwargs)
         output = self.generate(**arguments)
-        response = answer.text((output if torch.is_tensor(output) else output.sequences)[0], finished=True)
+        response = answer.text(getattr(output, "sequences", output)[0], finished=True)
         return response, with_round(history, query, response)
 
     def stream_chat(

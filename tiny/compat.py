@@ -10,7 +10,7 @@ else (crop, beam reordering, batching) stays the base class's, because it only e
 from __future__ import annotations
 
 import collections
-import dataclasses
+import contextlib
 import functools
 import inspect
 import json
@@ -27,6 +27,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.utils import checkpoint
+from transformers import modeling_utils
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
@@ -40,8 +41,10 @@ except ImportError:
     from transformers.generation_utils import GenerationMixin
 
 try:  # 4.36
+    from transformers import cache_utils
     from transformers.cache_utils import DynamicCache
 except ImportError:
+    cache_utils = None
 
     class DynamicCache:  # what GrowingCache needs of it
         def __init__(self):
@@ -56,21 +59,15 @@ except ImportError:
 
 
 HAS_CACHES = DynamicCache.__module__.startswith("transformers.")  # 4.36
-try:  # 4.48
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-except ImportError:
-    ALL_ATTENTION_FUNCTIONS = {}
 try:  # 4.53
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
+    from transformers import masking_utils
 except ImportError:
-    ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask = {}, None, None
-try:  # 4.54
-    from transformers.cache_utils import DynamicLayer
-except ImportError:
-    DynamicLayer = None
+    masking_utils = None
+DynamicLayer = getattr(cache_utils, "DynamicLayer", None)  # 4.54
+ALL_ATTENTION_FUNCTIONS = getattr(modeling_utils, "ALL_ATTENTION_FUNCTIONS", {})  # 4.48
 
-# What generate calls the cache, in its arguments and in outputs: "past_key_values" before 5.24, "cache" since then.
-CACHE_NAME = "cache" if "cache" in {f.name for f in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
+# What generate calls the cache: "past_key_values" before 5.24, "cache" since then, as outputs do.
+CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 logger = logging.get_logger(__name__)
 CHUNK = 256  # tokens of room that a full buffer grows by: 112 MiB for the 6B model in 16 bit
 
@@ -87,8 +84,10 @@ class GrowingStates:
         if torch.is_grad_enabled() and (new.requires_grad or (used and past.requires_grad)):
             # Autograd keeps the past: don't write into it. A P-tuning prefix may come from another device.
             return new if not used else torch.cat((past.to(new), new), dim=-2)
-        total = used + new.shape[-2]
-        if not used or past is not self.front or total > self.buffer.shape[-2] or not self._takes(new):
+        total, old = used + new.shape[-2], self.buffer
+        fits = used and past is self.front and total <= old.shape[-2]
+        writable = fits and (torch.is_inference_mode_enabled() or not old.is_inference())
+        if not writable or (new.dtype, new.device) != (old.dtype, old.device):
             batch, heads, _, size = new.shape
             self.buffer = new.new_empty(batch, heads, total + CHUNK - total % CHUNK, size)
             if used:
@@ -96,11 +95,6 @@ class GrowingStates:
         self.buffer.narrow(2, used, new.shape[-2]).copy_(new)
         self.front = self.buffer.narrow(2, 0, total)
         return self.front
-
-    def _takes(self, new: Tensor) -> bool:
-        buffer = self.buffer
-        writable = torch.is_inference_mode_enabled() or not buffer.is_inference()
-        return writable and new.dtype == buffer.dtype and new.device == buffer.device
 
 
 class GrowingCache(DynamicCache):
@@ -185,27 +179,23 @@ def chosen_setting(model, arguments: tuple, options: dict, name: str):
     return next((source[name] for source in sources if source.get(name) is not None), None)
 
 
-def give_cache(model, arguments: tuple, options: dict):
+@contextlib.contextmanager
+def cache_for_generate(model, arguments: tuple, options: dict):
     """Puts into the options of `generate` the cache that it is to use, under the name that this version knows: the
-    caller's, or where generate would make a DynamicCache, one that grows in place and that generate alone has until
-    `take_back`. Returns it; None where generate uses none, or makes one of another kind."""
+    caller's, or where generate would make a DynamicCache, one that grows in place and that it alone has meanwhile."""
     cache = given_cache(**{name: options.pop(name, None) for name in ("past_key_values", "cache")})
-    if cache is None:
-        use_cache, kind = (chosen_setting(model, arguments, options, n) for n in ("use_cache", "cache_implementation"))
-        if not use_cache or kind is not None or options.get("custom_generate"):
-            return None
-        if options.get("assistant_model") and not HAS_CACHES:  # it runs the model on tokens without their positions
-            raise ValueError(f"assistant_model needs transformers 4.36 or newer, this is {transformers.__version__}")
-        if options.get("assistant_model") and not hasattr(GenerationMixin, "_prepare_cache_for_generation"):
-            return None  # 4.44 and older may share it with the assistant
+    use_cache, kind = (chosen_setting(model, arguments, options, n) for n in ("use_cache", "cache_implementation"))
+    is_ours = cache is None and use_cache and not (kind or options.get("custom_generate"))
+    if is_ours and options.get("assistant_model") and not HAS_CACHES:  # it runs the model on tokens without positions
+        raise ValueError(f"assistant_model needs transformers 4.36 or newer, this is {transformers.__version__}")
+    # 4.44 and older may share a cache with the assistant
+    may_share = options.get("assistant_model") and not hasattr(GenerationMixin, "_prepare_cache_for_generation")
+    if is_ours and not may_share:
         cache = GrowingCache()
         cache.in_generate = True
-    options[CACHE_NAME] = cache
-    return cache
-
-
-def take_back(cache) -> None:
-    """Ends what `give_cache` began."""
+    if cache is not None:
+        options[CACHE_NAME] = cache
+    yield
     if isinstance(cache, GrowingCache):
         cache.in_generate = False
     if cache is not None and not int(cached_length(cache)):
@@ -215,7 +205,7 @@ def take_back(cache) -> None:
         )
 
 
-_geometries: dict = {}  # by the id of a cache that is not ours to change; some cannot be hashed
+_geometries: dict = {}  # with the keys they are for, by the id of a cache not ours to change; some cannot be hashed
 
 
 def remember_geometry(cache, geometry) -> None:
@@ -225,14 +215,20 @@ def remember_geometry(cache, geometry) -> None:
     elif cache is not None and not is_tracing():
         if id(cache) not in _geometries:
             weakref.finalize(cache, _geometries.pop, id(cache))
-        _geometries[id(cache)] = geometry
+        _geometries[id(cache)] = geometry, keys_of(cache)
 
 
 def geometry_of(cache):
-    """What `remember_geometry` kept, or None."""
+    """What `remember_geometry` kept; None where there is nothing, or a foreign cache has other rows since then."""
     if isinstance(cache, GrowingCache):
         return cache.geometry
-    return None if cache is None or is_tracing() else _geometries.get(id(cache))
+    geometry, keys = (None, None) if cache is None or is_tracing() else _geometries.get(id(cache), (None, None))
+    return geometry if keys is None or keys.data_ptr() == keys_of(cache).data_ptr() else None  # cropping keeps it
+
+
+def keys_of(cache) -> Tensor | None:
+    """The keys of the first layer of a DynamicCache."""
+    return next(iter(cached_states(cache, 0)), None) if isinstance(cache, DynamicCache) else None
 
 
 def cached_states(cache, layer_idx: int) -> tuple[Tensor, ...]:
@@ -273,10 +269,10 @@ def chosen_mask(config, visible: Tensor | None, dtype: torch.dtype) -> Tensor | 
     Raises:
         ValueError: a mask of another kind is registered, which a GLM context cannot be put into.
     """
-    asked = ALL_MASK_ATTENTION_FUNCTIONS.get(config._attn_implementation, sdpa_mask)
-    if visible is None or asked is sdpa_mask:
+    asked = masking_utils and masking_utils.ALL_MASK_ATTENTION_FUNCTIONS.get(config._attn_implementation)
+    if visible is None or asked is None or asked is masking_utils.sdpa_mask:
         return visible
-    if asked is eager_mask:
+    if asked is masking_utils.eager_mask:
         return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
     raise ValueError(
         f"the mask of attn_implementation = {config._attn_implementation!r} is {asked!r}: ChatGLM's is no causal one, "
@@ -323,17 +319,22 @@ class VersionedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, path, *args, **kwargs):
-        """As in transformers, but: without a dtype the checkpoint's own is kept (4.x would widen it to float32);
-        weights go straight into place where accelerate is installed; loads of several threads take turns, because
-        transformers changes things for the whole process meanwhile; what is frozen stays so (5.x makes new
-        parameters); what has no numbers yet gets some."""
+        """As in transformers, but: weights that are not what they are loaded as are refused; without a dtype the
+        checkpoint's own is kept (4.x would widen it to float32); weights go straight into place where accelerate is
+        installed; loads of several threads take turns, because transformers changes things for the whole process
+        meanwhile; what is frozen stays so (5.x makes new parameters); what has no numbers yet gets some."""
+        if not kwargs.get("state_dict"):
+            check_weight_files(os.path.join(path, kwargs.get("subfolder") or ""))
+            cls.check_format(path, kwargs)
+        warn_of_other_code(path)
         if "dtype" not in kwargs and "torch_dtype" not in kwargs:
             renamed = any(hasattr(cls.config_class, name) for name in ("dtype", "torch_dtype"))  # 4.56
             kwargs["dtype" if renamed else "torch_dtype"] = "auto"
         new_prefix = kwargs.get("pre_seq_len") or getattr(kwargs.get("config"), "pre_seq_len", None)
         completes = hasattr(transformers, "GenerationConfig")  # below 4.25 what is new cannot be made on the way
         kwargs.setdefault("low_cpu_mem_usage", is_accelerate_available() and (completes or not new_prefix))
-        with loading_lock():
+        # one lock for the process: each checkpoint's folder has a copy of this file, all share transformers
+        with vars(transformers).setdefault("_chatglm_loading_lock", threading.RLock()):
             loaded = super().from_pretrained(path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True
         model.config.check_processes(getattr(model, "tp_size", None) or 1)
@@ -357,9 +358,6 @@ class VersionedModel(PreTrainedModel):
             super().mark_tied_weights_as_initialized(*info)
             if info:
                 info[0].missing_keys |= missing & set(self.all_tied_weights_keys)
-
-    def freeze(self) -> None:
-        """Takes the gradient from parameters that are not to be trained."""
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers, and with a model card where there is none. Where the default is pytorch_model.bin (below
@@ -407,11 +405,6 @@ class VersionedModel(PreTrainedModel):
         return functools.partial(self.checkpoint_function, layer, use_reentrant=False)
 
 
-def loading_lock():
-    """One lock for the process: each checkpoint's folder has a copy of this file, all share transformers."""
-    return vars(transformers).setdefault("_chatglm_loading_lock", threading.RLock())
-
-
 def fill_missing(model: PreTrainedModel) -> None:
     """Initialises what is neither in the checkpoint nor offloaded: 4.36 to 4.49 take new tensors of equal size for
     tied ones, and leave them on the meta device without a word."""
@@ -433,17 +426,15 @@ def warn_of_other_code(folder) -> None:
     """Says so where a folder is served by code that is not its own: in a process transformers imports code once for
     each name of a folder (below 4.27: once at all), and serves all folders of that name with it, wholly or in part.
     Its copy of the files is no witness, since the second folder's are copied over the first one's."""
-    package = __name__.rpartition(".")[0] + "."
-    if not package.startswith("transformers_modules.") or not os.path.isdir(folder):
-        return
-    differing = []
-    for name, module in list(sys.modules.items()):
-        if name.startswith(package):
-            file = os.path.basename(module.__file__)
-            run = (name, getattr(module, "__transformers_module_hash__", None))
-            imported = _imported.setdefault(run, read_or_nothing(module.__file__))
-            if read_or_nothing(os.path.join(folder, file)) not in (b"", imported):
-                differing.append(file)
+    package, differing = __name__.rpartition(".")[0] + ".", []
+    served = sys.modules if package.startswith("transformers_modules.") else ()
+    for name in [name for name in served if name.startswith(package)]:
+        file, own = Path(sys.modules[name].__file__), Path(folder, name.rpartition(".")[2] + ".py")
+        run = (name, getattr(sys.modules[name], "__transformers_module_hash__", None))
+        if run not in _imported and file.is_file():
+            _imported[run] = file.read_bytes()
+        if own.is_file() and own.read_bytes() != _imported.get(run):
+            differing.append(own.name)
     if differing:
         warn_once(
             f"{folder} is served by the code of another folder, whose {', '.join(sorted(differing))} this process has "
@@ -452,17 +443,15 @@ def warn_of_other_code(folder) -> None:
         )
 
 
-def read_or_nothing(path: str) -> bytes:
-    return Path(path).read_bytes() if os.path.isfile(path) else b""
-
-
 # In the order in which transformers looks for them.
 WEIGHT_FILES = [f"{name}{of}" for name in ("model.safetensors", "pytorch_model.bin") for of in ("", ".index.json")]
 SHARD = re.compile(r"-\d{5}-of-\d{5}(\.safetensors|\.bin)$")
 
 
 def check_weight_files(folder: str) -> None:
-    """Raises an OSError of one line where a look at the files of a local folder shows why they cannot be loaded."""
+    """An OSError of one line where a look at the files of a local folder shows why they cannot be loaded."""
+    if not os.path.isdir(folder):
+        return
     names = sorted(os.listdir(folder))
     shards = [name for name in names if SHARD.search(name)]
     found = next((name for name in WEIGHT_FILES if name in names), None)
@@ -474,37 +463,35 @@ def check_weight_files(folder: str) -> None:
             f"{folder}: this folder holds the code of ChatGLM-6B-Slim without weights: make a complete folder with "
             "`python slim.py THUDM/chatglm-6b OUTPUT --repackage`, or give from_pretrained a Hub id that has them"
         )
-    for name in sorted(named_by(os.path.join(folder, found))) if found else ():
+    for name in sorted(named_by(Path(folder, found))) if found else ():
         if name not in names:
             raise OSError(f"{folder}: {found} names {name}, which is not there: download that file too")
-        named_by(os.path.join(folder, name))
+        named_by(Path(folder, name))
 
 
-def named_by(path: str) -> set[str]:
-    """The shards that an index names; none for another file. Raises an OSError for a file that is not whole."""
-    size = os.path.getsize(path)
+def named_by(path: Path) -> set[str]:
+    """The shards that an index names; none for another file. An OSError for a file that is not whole."""
     with open(path, "rb") as file:
         start = file.read(64)
     if start.startswith(b"version https://git-lfs"):
         cure = "run `git lfs pull` in its folder, or download it again"
         raise OSError(f"{path} is a Git-LFS pointer, not the file itself: {cure}")
     try:
-        if path.endswith(".json"):
-            with open(path, encoding="utf-8") as file:
-                return set(json.load(file)["weight_map"].values())
-        if path.endswith(".safetensors"):
+        if path.suffix == ".json":
+            return set(json.loads(path.read_bytes())["weight_map"].values())
+        if path.suffix == ".safetensors":
             from safetensors import safe_open
 
-            with safe_open(path, "pt"):
-                pass
+            safe_open(str(path), "pt").__exit__(None, None, None)
         elif start.startswith(b"PK"):
             zipfile.ZipFile(path).close()
-        elif not size:
+        elif not start:
             raise ValueError("empty")
     except ImportError:  # below 4.31 it may be missing, and is not asked for then
         pass
     except Exception as error:  # SafetensorError is no class of its own in old versions
+        size = f"{path.stat().st_size:,} bytes"
         raise OSError(
-            f"{path} ends after {size:,} bytes and cannot be read as a whole ({error}): download it again"
+            f"{path} ends after {size} and cannot be read as a whole ({error}): download it again"
         ) from error
     return set()

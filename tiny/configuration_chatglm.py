@@ -94,7 +94,12 @@ class ChatGLMConfig(PretrainedConfig):
     }
 
     def __init__(self, **kwargs):
-        refuse_later_generations(kwargs)
+        later = [name for name in LATER_GENERATIONS if name in kwargs]
+        if later:
+            raise ValueError(
+                f"this is a ChatGLM2/ChatGLM3 configuration (it has {', '.join(later)}): ChatGLM-6B-Slim runs the "
+                "first ChatGLM-6B only; load it with the code of its own repository"
+            )
         kwargs.update({field: kwargs.pop(name) for name, field in self.attribute_map.items() if name in kwargs})
         fields = {name: kwargs.pop(name, default) for name, (default, _) in FIELDS.items()}
         # [MASK] and [gMASK] have fixed places before <sop> in every vocabulary
@@ -133,14 +138,11 @@ class ChatGLMConfig(PretrainedConfig):
         """How transformers splits the network over processes: by heads, and by inner columns."""
         if not HAS_TENSOR_PARALLELISM:
             return None
-        plan = {}
-        for part, split, join in (
-            ("attention", "query_key_value", "dense"),
-            ("mlp", "dense_h_to_4h", "dense_4h_to_h"),
-        ):
-            plan.update({f"layers.*.{part}.{split}": "colwise", f"layers.*.{part}.{join}": "rowwise"})
+        plan, pairs = {}, {"attention.query_key_value": "attention.dense", "mlp.dense_h_to_4h": "mlp.dense_4h_to_h"}
+        for split, join in pairs.items():
+            plan.update({f"layers.*.{split}": "colwise", f"layers.*.{join}": "rowwise"})
             if self.quantization_bit and not self.quantization_group_size:  # each process needs the scale of a row
-                plan[f"layers.*.{part}.{join}.weight_scale"] = "replicate"
+                plan[f"layers.*.{join}.weight_scale"] = "replicate"
         return plan if self.head_bits else {**plan, "word_embeddings": "embedding_rowwise"}
 
     def check_processes(self, processes: int) -> None:
@@ -163,32 +165,17 @@ class ChatGLMConfig(PretrainedConfig):
     def check_values(self) -> None:
         """Raises a ValueError that names field, value and cure where no model can be built."""
         for name in FIELDS:
-            check_field(name, getattr(self, name))
+            check_field(name, getattr(self, name), self.vocab_size)
         heads, parts = self.num_attention_heads, 4 if self.position_encoding_2d else 2
         whole_heads = self.hidden_size % heads == 0
         check("num_attention_heads", heads, whole_heads, f"it must divide hidden_size = {self.hidden_size}")
         sizes = f"(hidden_size {self.hidden_size} / num_attention_heads {heads})"
         can_rotate = self.head_size % parts == 0
         check("head_size", self.head_size, can_rotate, f"{sizes} cannot be rotated, use a multiple of {parts}")
-        self.check_tokens()
-
-    def check_tokens(self) -> None:
-        """Several ids may end an answer; a model can do without an end and without padding."""
-        for name in [name for name, (_, rule) in FIELDS.items() if rule is TOKEN]:
-            value, is_end = getattr(self, name), name == "eos_token_id"
-            ids = value if is_end and isinstance(value, (list, tuple)) else [value]
-            spared = value is None and (is_end or name == "pad_token_id")
-            check(
-                name,
-                value,
-                spared or all(type(token) is int and 0 <= token < self.vocab_size for token in ids),
-                f"ids run from 0 to vocab_size - 1 = {self.vocab_size - 1}; slim checkpoints use {MASK} [MASK], "
-                f"{GMASK} [gMASK], {SOP} <sop>, {EOP} <eop>, {PAD} <pad>, full ones {IMAGE_TOKENS} more",
-            )
 
 
-def check_field(name: str, value) -> None:
-    """ValueError for a value that no model can have in this field, whatever the others are."""
+def check_field(name: str, value, vocab_size: int = FIELDS["vocab_size"][0]) -> None:
+    """ValueError for a value that no model with such a vocabulary can have, whatever the other fields are."""
     default, rule = FIELDS[name]
     if type(rule) is int:
         good, cure = type(value) is int and 1 <= value <= rule, f"give a whole number from 1 to {rule}"
@@ -199,8 +186,14 @@ def check_field(name: str, value) -> None:
         good, cure = type(value) in (int, float) and 0 < value < math.inf, f"give a number above 0, as {default}"
     elif rule is VERSION:
         good, cure = isinstance(value, str) and rule.fullmatch(value), f"give a version such as {default!r}"
-    else:  # judged by the size of the vocabulary, see check_tokens
-        return
+    else:  # several ids may end an answer; a model can do without an end and without padding
+        ids = value if name == "eos_token_id" and isinstance(value, (list, tuple)) else [value]
+        spared = value is None and name in ("eos_token_id", "pad_token_id")
+        good = spared or all(type(token) is int and 0 <= token < vocab_size for token in ids)
+        cure = (
+            f"ids run from 0 to vocab_size - 1 = {vocab_size - 1}; slim checkpoints use {MASK} [MASK], "
+            f"{GMASK} [gMASK], {SOP} <sop>, {EOP} <eop>, {PAD} <pad>, full ones {IMAGE_TOKENS} more"
+        )
     check(name, value, good, cure)
 
 
@@ -224,15 +217,6 @@ def newer_version(asked: str) -> str:
 @functools.cache
 def warn_once(message: str) -> None:
     logger.warning(message)
-
-
-def refuse_later_generations(fields: dict) -> None:
-    found = [name for name in LATER_GENERATIONS if name in fields]
-    if found:
-        raise ValueError(
-            f"this is a ChatGLM2/ChatGLM3 configuration (it has {', '.join(found)}): ChatGLM-6B-Slim runs the first "
-            "ChatGLM-6B only; load it with the code of its own repository"
-        )
 
 
 def card_header(base=None, license_link=None, relation=None, library="transformers", tags=("chatglm", "custom_code")):

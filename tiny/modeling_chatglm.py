@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
 from typing import Any, NamedTuple
 
 import torch
@@ -33,19 +32,16 @@ from .compat import (
     Past,
     VersionedModel,
     as_cache,
+    cache_for_generate,
     cached_length,
-    check_weight_files,
     chosen_attention,
     chosen_mask,
     chosen_setting,
     fixed_length,
     geometry_of,
-    give_cache,
     given_cache,
     is_tracing,
     remember_geometry,
-    take_back,
-    warn_of_other_code,
 )
 from .configuration_chatglm import HAS_TENSOR_PARALLELISM, ChatGLMConfig, warn_once
 from .cuda_kernels import linear as cuda_linear  # noqa: F401
@@ -64,6 +60,10 @@ LOSS_IN_CONTEXT = (
     "to predict there and learns nothing from it; label the answer, from <sop> on, as the collators in "
     "finetune/collators.py of the ChatGLM-6B-Slim repository do"
 )
+FROZEN = (
+    "its layers are frozen. Add an adapter, or a prefix (pre_seq_len), or tune the 16-bit one: see finetune/README.md "
+    "in the ChatGLM-6B-Slim repository"
+)
 P_TUNING = (
     "PEFT's prompt tuning and prefix tuning do not know where a GLM context ends: P-tuning v2 is built in, give "
     "from_pretrained pre_seq_len=128, see finetune/README.md in the ChatGLM-6B-Slim repository"
@@ -71,6 +71,11 @@ P_TUNING = (
 
 
 # ---- Where things are in a GLM sequence: context, answer, padding. Every position and mask comes from here ----------
+
+
+def is_start(seen) -> bool:
+    """Whether nothing is cached; what torch.compile counts in a tensor never is."""
+    return isinstance(seen, int) and seen == 0
 
 
 class Geometry(NamedTuple):
@@ -140,7 +145,7 @@ def hidden_keys(
     key = torch.arange(total, device=device)
     query = (torch.arange(new_tokens, device=device) + start)[:, None]
     hidden = (key > query)[None]
-    if isinstance(start, int) and start == 0:
+    if is_start(start):
         hidden = hidden & (key >= geometry.context_length)[:, None]
     if attention_mask is not None:
         masked = F.pad(attention_mask == 0, (0, total - attention_mask.shape[1]), value=False)
@@ -148,20 +153,6 @@ def hidden_keys(
     elif geometry is not None:
         hidden = hidden | (key < geometry.padding)[:, None]
     return (hidden & (key != query))[:, None]
-
-
-def hides_any(geometry: Geometry | None, attention_mask: Tensor | None) -> bool:
-    """Whether anything before a new token may be hidden from it."""
-    if attention_mask is not None:
-        return is_tracing() or not bool(attention_mask.all())
-    return geometry is not None and bool(geometry.padding.any())
-
-
-def visible_keys(hidden: Tensor, prefix_length: int) -> Tensor:
-    """What the blocks take: True for keys that are read, those of the prefix first. A row of padding reads all, as in
-    the original."""
-    visible = ~hidden
-    return F.pad(visible | ~visible.any(dim=-1, keepdim=True), (prefix_length, 0), value=True)
 
 
 def check_sizes(mask: Tensor | None, batch: int, new_tokens: int, tokens: int, keys: int) -> None:
@@ -339,18 +330,7 @@ class ChatGLMPreTrainedModel(VersionedModel):
         super().__init__(config, *args, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, path, *args, **kwargs):
-        """As in transformers (compat.py says where not); refuses weights that are not what they are loaded as."""
-        if not kwargs.get("state_dict"):
-            folder = os.path.join(path, kwargs.get("subfolder") or "")
-            if os.path.isdir(folder):
-                check_weight_files(folder)
-            cls._judge_format(path, kwargs)
-        warn_of_other_code(path)
-        return super().from_pretrained(path, *args, **kwargs)
-
-    @classmethod
-    def _judge_format(cls, path, arguments: dict[str, Any]) -> None:
+    def check_format(cls, path, arguments: dict[str, Any]) -> None:
         """ValueError where the config.json at `path` says of the weights what they are not to be loaded as."""
         try:
             stored = ChatGLMConfig.get_config_dict(path, **{**arguments, "trust_remote_code": None})[0]
@@ -358,8 +338,7 @@ class ChatGLMPreTrainedModel(VersionedModel):
             return
         if "model_type" in stored:
             asked = arguments.get("config") or ChatGLMConfig.from_dict(dict(stored), **arguments)
-            if isinstance(asked, (str, os.PathLike)):
-                asked = ChatGLMConfig.from_pretrained(asked)
+            asked = asked if hasattr(asked, "quantization_bit") else ChatGLMConfig.from_pretrained(asked)
             refuse_other_format(path, ChatGLMConfig.from_dict(dict(stored)), asked)
 
     def freeze(self) -> None:
@@ -376,8 +355,8 @@ class ChatGLMPreTrainedModel(VersionedModel):
         """The official mask of whole sequences, as `forward` derives it: [B, 1, S, S] bool, True for hidden. Raises a
         ValueError for a row without <sop>."""
         ids = input_ids.to(device)
-        sop = first_index(ids == self.config.bos_token_id)
-        geometry = find_geometry(ids, self.config, filled=(sop, sop < 0))  # what the answer fills doesn't matter here
+        anything = torch.zeros_like(ids[:, :1])  # what the answer fills does not matter here
+        geometry = find_geometry(ids, self.config, filled=(anything, anything))
         return hidden_keys(geometry, None, 0, ids.shape[1], ids.shape[1], ids.device)
 
     def get_position_ids(self, input_ids: Tensor, mask_positions, device, use_gmasks=None) -> Tensor:
@@ -396,22 +375,20 @@ class ChatGLMPreTrainedModel(VersionedModel):
         return positions if self.position_encoding_2d else positions[:, 0]
 
     def _init_weights(self, module: nn.Module) -> None:
-        # nn.init functions, not .data: transformers 5 guards those, so that loaded tensors are not overwritten.
-        if isinstance(module, (QuantizedLinear, QuantizedEmbedding)):
-            return  # filled from a checkpoint, or by quantize()
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
+        """Quantized layers are filled from a checkpoint, or by quantize(). By functions of nn.init: transformers 5
+        guards those, so that loaded tensors are not overwritten."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=getattr(module, "initial_std", 0.02))
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
+        if isinstance(module, (nn.Linear, nn.LayerNorm)) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel):
     """The network without its head."""
+
+    judges_labels = True  # until it warned
 
     def __init__(self, config: ChatGLMConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
@@ -437,7 +414,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
     def tokens_in(self, cache):
         """Cached tokens, without the prefix: an int, but see cached_length."""
         cached = cached_length(cache)
-        return max(cached - self.prefix_length, 0) if isinstance(cached, int) else cached - self.prefix_length
+        return cached if is_start(cached) else cached - self.prefix_length
 
     def forward(
         self,
@@ -479,53 +456,47 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         cache = GrowingCache() if cache is None and use_cache else cache
         hidden = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         inputs, seen = hidden if input_ids is None else input_ids, self.tokens_in(cache)
-        position_ids, unread = self.place(inputs, position_ids, attention_mask, cache, seen)
-        visible = None if unread is None else visible_keys(unread, self.prefix_length)
+        position_ids, visible, geometry = self.place(inputs, position_ids, attention_mask, cache, seen)
+        if visible is not None:  # so far what is hidden; a row of padding reads all, as in the original
+            visible = F.pad(~visible | visible.all(dim=-1, keepdim=True), (self.prefix_length, 0), value=True)
         rotary = rotary_tables(position_ids, config.head_size // position_ids.shape[1], hidden.dtype)
-        states, attentions = None, None
-        last = None if attends or shows_states else self._decode_step(hidden, rotary, visible, cache, seen)
-        if last is None:
-            past = Past(cache, self._prefix_before(cache, hidden), hidden.shape[1], hidden.device)
-            states, attentions = self._run_blocks(hidden, rotary, visible, past, attends)
-            last = states[-1]
-        derived = input_ids is not None and getattr(attention_mask, "ndim", 2) == 2
-        if derived and last.requires_grad and not is_tracing() and not seen:
-            ends = first_index(input_ids == config.bos_token_id)
-            last.register_hook(functools.partial(warn_of_loss_in_context, ends))
-        output = BaseModelOutputWithPast(
-            last_hidden_state=last,
-            **{CACHE_NAME: cache if use_cache else None},
-            hidden_states=tuple(states) if shows_states else None,
-            attentions=tuple(attentions) if attends else None,
-        )
+        states, attentions = self._run_blocks(hidden, rotary, visible, cache, seen, attends, shows_states)
+        if geometry is not None:
+            remember_geometry(cache, geometry)
+        derived = getattr(attention_mask, "ndim", 2) == 2 and is_start(seen) and not is_tracing()
+        if self.judges_labels and derived and states[-1].requires_grad and geometry is not None:
+            states[-1].register_hook(functools.partial(self._judge_labels, geometry.context_length))
+        cache, states = cache if use_cache else None, tuple(states)
+        attentions = tuple(attentions) if attends else None
+        output = BaseModelOutputWithPast(states[-1], cache, states if shows_states else None, attentions)
         return as_asked(output, return_dict, config)
 
-    def _run_blocks(self, hidden: Tensor, rotary, visible, past: Past, output_attentions: bool):
+    def _run_blocks(self, hidden: Tensor, rotary, visible, cache, seen, attends: bool, shows_states: bool):
         """The embeddings and the output of each block, the last one after the final LayerNorm; attention weights."""
-        hidden_states, attentions = [hidden], []
+        is_step = hidden.shape[1] == 1 and not (attends or shows_states or is_start(seen) or is_tracing())
+        if is_step and chosen_attention(self.config) == "sdpa" and network_functions() == NETWORK:
+            kinds = (GLMBlock, SelfAttention, MLP, QuantizedLinear)
+            last = decode_step(self.layers, self.final_layernorm, hidden, rotary, visible, cache, kinds)
+            if last is not None:  # by CPU kernels, all blocks at once
+                return [last], []
+        prefix = self.prefix_encoder(hidden) if self.prefix_length and is_start(seen) else None
+        past, states, attentions = Past(cache, prefix, hidden.shape[1], hidden.device), [hidden], []
         for layer_idx, layer in enumerate(self.layers):
-            block = self.checkpointed(layer, layer_idx)
-            hidden, weights = block(hidden, rotary, visible, past, output_attentions)
-            hidden_states.append(hidden)
+            hidden, weights = self.checkpointed(layer, layer_idx)(hidden, rotary, visible, past, attends)
+            states.append(hidden)
             attentions.append(weights)
-        hidden_states[-1] = self.final_layernorm(hidden)
-        return hidden_states, attentions
+        states[-1] = self.final_layernorm(hidden)
+        return states, attentions
 
-    def _decode_step(self, hidden: Tensor, rotary, visible, cache, seen) -> Tensor | None:
-        """What `_run_blocks` computes for one new token of each sequence, by CPU kernels where they serve."""
-        if hidden.shape[1] != 1 or hidden.device.type != "cpu" or is_tracing() or not seen:
-            return None
-        if chosen_attention(self.config) != "sdpa" or network_functions() != NETWORK:
-            return None
-        kinds = (GLMBlock, SelfAttention, MLP, QuantizedLinear)
-        return decode_step(self.layers, self.final_layernorm, hidden, rotary, visible, cache, kinds)
+    def _judge_labels(self, context_length: Tensor, gradient: Tensor) -> None:
+        """Looks at the gradient [B, S, hidden] of the last hidden states, because TRL computes the loss by itself."""
+        index = torch.arange(gradient.shape[1], device=gradient.device)
+        is_used = (gradient.abs() > 0).any(dim=-1)  # to predict the next token; not where all is NaN
+        if (is_used & (index < context_length.to(gradient.device) - 1)).any():
+            self.judges_labels = False
+            warn_once(LOSS_IN_CONTEXT)
 
-    def _prefix_before(self, cache, hidden: Tensor) -> list[tuple[Tensor, Tensor]] | None:
-        """The P-tuning prefix, where there is one and nothing is cached yet."""
-        cached = cached_length(cache)
-        return self.prefix_encoder(hidden) if self.prefix_length and isinstance(cached, int) and not cached else None
-
-    def place(self, inputs: Tensor, position_ids, attention_mask, cache, seen) -> tuple[Tensor, Tensor | None]:
+    def place(self, inputs: Tensor, position_ids, attention_mask, cache, seen):
         """Where the new tokens are that follow `seen` cached ones, and what they read: the one place that says so.
 
         Args:
@@ -534,7 +505,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
                 the geometry, which is read off a whole prompt and kept with the cache.
 
         Returns:
-            positions [B, R, S]; keys that may not be read [B or 1, 1, S, K], None where one token reads all.
+            positions [B, R, S]; keys that may not be read [B or 1, 1, S, K], None where one token reads all; the
+            geometry, or None where nothing follows from it.
         """
         (B, S), slots = inputs.shape[:2], fixed_length(cache)
         keys = seen + S if slots is None else slots - self.prefix_length
@@ -546,12 +518,11 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
                     "for: answers may get worse"
                 )
         official = attention_mask is not None and attention_mask.dim() == 4
-        geometry, first = geometry_of(cache), isinstance(seen, int) and seen == 0
-        if first and (position_ids is None or not official):
+        geometry = geometry_of(cache)
+        if is_start(seen) and (position_ids is None or not official):
             if inputs.dim() == 3:
                 raise ValueError(f"inputs_embeds take position_ids and the official mask with them. {P_TUNING}")
             geometry = find_geometry(inputs, self.config, None if official else attention_mask)
-            remember_geometry(cache, geometry)
         if position_ids is not None:
             position_ids = self.checked_positions(position_ids, S)
         elif geometry is None:
@@ -564,10 +535,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if official:
             hidden = attention_mask[:, :, -S:].bool()
             hidden = hidden.expand(-1, -1, -1, seen + S) if hidden.shape[-1] == 1 else hidden
-            return position_ids, F.pad(hidden, (0, keys - hidden.shape[-1]), value=True)  # of slots yet empty
-        if S == 1 and slots is None and not first and not hides_any(geometry, attention_mask):
-            return position_ids, None
-        return position_ids, hidden_keys(geometry, attention_mask, seen, S, keys, inputs.device)
+            return position_ids, F.pad(hidden, (0, keys - hidden.shape[-1]), value=True), geometry  # of empty slots
+        hidden = hidden_keys(geometry, attention_mask, seen, S, keys, inputs.device)
+        may_drop = S == 1 and slots is None and not is_start(seen) and not is_tracing()
+        return position_ids, None if may_drop and not hidden.any() else hidden, geometry
 
     def checked_positions(self, position_ids: Tensor, new_tokens: int) -> Tensor:
         """[B, R, S] of what a caller gave for the new tokens."""
@@ -651,41 +622,18 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         Returns:
             loss, the mean cross entropy in float32, cast to the model's dtype; logits [B, kept, V].
         """
-        output = self.transformer(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-        )
+        inputs = (input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, use_cache)
+        output = self.transformer(*inputs, output_attentions, output_hidden_states, return_dict=True, cache=cache)
         hidden = output.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = linear(self.lm_head, hidden if isinstance(kept, slice) and kept.start == 0 else hidden[:, kept])
         loss = None
         if labels is not None:
             loss = shifted_cross_entropy(logits, labels, kwargs.get("num_items_in_batch")).to(logits.dtype)
-            self._warn_of_frozen(loss)
-        output = CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            **{CACHE_NAME: output.get(CACHE_NAME)},
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-        )
-        return as_asked(output, return_dict, self.config)
-
-    def _warn_of_frozen(self, loss: Tensor) -> None:
-        if self.training and self.config.quantization_bit and torch.is_grad_enabled() and not loss.requires_grad:
-            warn_once(
-                f"nothing of this INT{self.config.quantization_bit} model is trained: its layers are frozen. Add an "
-                "adapter, or a prefix (pre_seq_len), or tune the 16-bit one: see finetune/README.md in the "
-                "ChatGLM-6B-Slim repository"
-            )
+            if self.training and self.config.quantization_bit and torch.is_grad_enabled() and not loss.requires_grad:
+                warn_once(f"nothing of this INT{self.config.quantization_bit} model is trained: {FROZEN}")
+        others = {name: value for name, value in output.items() if name != "last_hidden_state"}
+        return as_asked(CausalLMOutputWithPast(loss, logits, **others), return_dict, self.config)
 
     # --- hooks of transformers' generate, checked on every rung of the ladder -------------------------------------
 
@@ -712,10 +660,8 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         prompt = kwargs.get("input_ids") if inputs is None else inputs
         if prompt is not None:
             self._without_official_forms(prompt, kwargs)
-        cache = give_cache(self, args, kwargs)
-        output = super().generate(inputs, *args, **kwargs)
-        take_back(cache)
-        return output
+        with cache_for_generate(self, args, kwargs):
+            return super().generate(inputs, *args, **kwargs)
 
     def _without_official_forms(self, prompt: Tensor, options: dict[str, Any]) -> None:
         """Puts a mask [B, S] in the place of what official collators give generate, a mask [B, 1, S, S] and positions
@@ -727,22 +673,20 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         mask, positions = options.get("attention_mask"), options.pop("position_ids", None)
         if positions is not None and positions.dim() == 2 and self.position_encoding_2d:
             positions = None  # made by transformers, for an assistant
-        official = mask.bool() if mask is not None and mask.dim() == 4 else None
-        if official is not None:
-            options["attention_mask"] = mask = (~official.all(dim=2))[:, 0].long().expand(len(prompt), -1)
-        if positions is not None:
-            positions = self.transformer.checked_positions(positions, prompt.shape[1])
-        elif official is None:
+        is_official = mask is not None and mask.dim() == 4
+        if positions is None and not is_official:
             return
-        derived_positions, derived_mask = self.transformer.place(prompt, None, mask, None, 0)
-        real = torch.ones(prompt.shape[:2], device=prompt.device).bool() if mask is None else mask.bool()
-        for name, given, derived, rows in (
-            ("attention_mask", official, derived_mask, real[:, None, :, None]),
-            ("position_ids", positions, derived_positions, real[:, None]),
-        ):
-            if given is not None and ((given != derived) & rows).any():
+        tokens = (~mask.bool().all(dim=2))[:, 0].long().expand(len(prompt), -1) if is_official else mask
+        if is_official:
+            options["attention_mask"] = tokens
+        derived = self.transformer.place(prompt, None, tokens, None, 0)
+        given = self.transformer.place(prompt, derived[0] if positions is None else positions, mask, None, 0)
+        real = torch.ones_like(prompt[:, None]) if tokens is None else tokens[:, None]
+        names = ("position_ids", "attention_mask")
+        for name, theirs, ours, rows in zip(names, given, derived, (real, real.unsqueeze(-1))):
+            if ((theirs != ours) & rows.bool()).any():
                 raise ValueError(
-                    f"{name} of shape {tuple(given.shape)} is not what the model derives from this prompt, so it "
+                    f"{name} of shape {tuple(theirs.shape)} is not what the model derives from this prompt, so it "
                     "cannot be continued for new tokens: give generate() a 2-D mask [batch, length] with 0 for hidden "
                     "tokens, as the tokenizer returns it, and no position_ids"
                 )
@@ -777,8 +721,8 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
                 )
             remember_geometry(cache, geometry)
         new = input_ids[:, seen - total :].contiguous()
-        position_ids, unread = self.transformer.place(new, None, attention_mask, cache, seen)
-        return {**inputs, "input_ids": new, "position_ids": position_ids, "attention_mask": unread}
+        position_ids, hidden, _ = self.transformer.place(new, None, attention_mask, cache, seen)
+        return {**inputs, "input_ids": new, "position_ids": position_ids, "attention_mask": hidden}
 
     @staticmethod
     def _reorder_cache(past, beam_idx: Tensor):
@@ -790,14 +734,6 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
     # --- weights -------------------------------------------------------------------------------------------------
 
     to_huge_pages, quantize, dequantize = move_to_huge_pages, quantize_model, dequantize_model
-
-
-def warn_of_loss_in_context(context_length: Tensor, gradient: Tensor) -> None:
-    """Looks at the gradient [B, S, hidden] of the last hidden states, because TRL computes the loss by itself."""
-    index = torch.arange(gradient.shape[1], device=gradient.device)
-    is_used = (gradient.abs() > 0).any(dim=-1)  # to predict the next token; not where all is NaN
-    if (is_used & (index < context_length.to(gradient.device) - 1)).any():
-        warn_once(LOSS_IN_CONTEXT)
 
 
 def as_asked(output, return_dict: bool | None, config: ChatGLMConfig):
