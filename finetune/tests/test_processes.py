@@ -85,7 +85,9 @@ def saved(out: Path) -> dict[str, torch.Tensor]:
 def assert_as_one(out: Path, alone: Path) -> None:
     assert len(losses(out)) == 3 and losses(out) == pytest.approx(losses(alone), rel=SAME)
     expected, found = saved(alone), saved(out)
-    assert found.keys() == expected.keys()
+    assert (
+        expected.keys() <= found.keys() <= expected.keys() | {"lm_head.weight"}
+    )  # DeepSpeed writes a tied head twice
     for name, matrix in expected.items():
         assert (found[name] - matrix).norm() <= SAME**0.5 * matrix.norm(), name
 
