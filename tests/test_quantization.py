@@ -461,8 +461,7 @@ def test_whole_model_through_kernels_equals_plain_pytorch(config, monkeypatch, d
     through_kernels = logits()
     no_kernels = type("NoKernels", (), {"__getattr__": lambda self, name: lambda *arguments: None})()
     monkeypatch.setattr(kernel_routes, "engine", lambda: no_kernels)
-    monkeypatch.setattr(kernel_routes, "INT8_ROWS", 0)
-    monkeypatch.setattr(kernel_routes, "INT4_ROWS", 0)
+    monkeypatch.setattr(kernel_routes, "TORCH_ROWS", 0)
     plain = logits()
     assert plain.abs().max() > 0.5
     assert_as_near(through_kernels, plain, exact(model, IDS).logits, roundings(config))

@@ -27,7 +27,7 @@ from .cuda_kernels import linear as cuda_linear
 
 API_LEVEL = 2  # of chatglm_cpu, the least that this file asks for
 INSTALL = "`pip install ./cpu` in a clone of the ChatGLM-6B-Slim repository installs it"
-INT8_ROWS, INT4_ROWS = 16, 128  # up to so many rows PyTorch's own products beat unpacking the weight for a matmul
+TORCH_ROWS = 64  # of x, up to which PyTorch's own products beat unpacking the weight for a matmul
 ALIGNMENT = 16  # bytes, without which PyTorch's INT8 product crashes for several rows
 SMALLEST = 1 << 20  # weights of a matrix; below, unpacking takes 3 ms at most, and rounds nothing to bfloat16
 INT4_GROUPS = (256, 128, 64, 32)  # columns a scale that PyTorch's INT4 product knows
@@ -101,17 +101,18 @@ def is_altered(module: nn.Module) -> bool:
 
 
 # ---- Products -------------------------------------------------------------------------------------------------------
-def unpack_int4(packed: Tensor) -> Tensor:
-    """int8 [..., in / 2], the even column in the high nibble -> int8 [..., in]."""
-    return torch.stack((packed >> 4, (packed << 4) >> 4), dim=-1).flatten(-2)
+def unpack_int4(packed: Tensor, dtype: torch.dtype = torch.int8) -> Tensor:
+    """int8 [..., in / 2], the even column in the high nibble -> [..., in] in `dtype`."""
+    values = packed.new_empty((*packed.shape, 2), dtype=dtype)
+    values[..., 0], values[..., 1] = packed >> 4, (packed << 4) >> 4
+    return values.flatten(-2)
 
 
 def dequantize_weight(weight: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """int8 or packed int4 weights -> [out, in]: integer times scale, computed and rounded once in `dtype`."""
-    values = (unpack_int4(weight) if bits == 4 else weight).to(dtype)
-    if scale.dim() == 1:
-        return values * scale.to(dtype)[:, None]
-    return (values.unflatten(1, (scale.shape[1], -1)) * scale.to(dtype)[:, :, None]).flatten(1)
+    values = unpack_int4(weight, dtype) if bits == 4 else weight.to(dtype)
+    groups = scale.to(dtype).view(len(scale), -1, 1)  # of columns; one where a row has one scale
+    return values.unflatten(1, (groups.shape[1], -1)).mul_(groups).flatten(1)
 
 
 def dequantized(weight: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
@@ -191,16 +192,16 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
 def product_of_torch(x, weight, scale, bits, bias, copies) -> Tensor | None:
     """`product` in bfloat16; scales of whole rows are applied afterwards, where they are not rounded.
 
-    Routes: INT8 with a scale a row, up to INT8_ROWS rows of x, with a copy of a weight that is not aligned, as in a
-    mapped file; INT4, up to INT4_ROWS rows, with a copy of the weight in the order that PyTorch wants; else None.
+    Routes, up to TORCH_ROWS rows of x: INT8 with a scale a row, with a copy of a weight that is not aligned, as in a
+    mapped file; INT4, with a copy of the weight in the order that PyTorch wants; else None.
     """
-    if bits == 8 and len(x) <= INT8_ROWS and scale.dim() == 1 and hasattr(torch, "_weight_int8pack_mm"):
+    if bits == 8 and len(x) <= TORCH_ROWS and scale.dim() == 1 and hasattr(torch, "_weight_int8pack_mm"):
         is_aligned = weight.data_ptr() % ALIGNMENT == 0
         aligned = weight if is_aligned else kept_copy(copies, weight, scale, lambda weight, scale: weight.clone())
         if aligned is None:
             return None
         y = torch._weight_int8pack_mm(x.bfloat16(), aligned, scale.new_ones(len(scale), dtype=torch.bfloat16))
-    elif bits == 4 and len(x) <= INT4_ROWS and x.shape[1] % INT4_GROUPS[-1] == 0 and has_int4_product():
+    elif bits == 4 and len(x) <= TORCH_ROWS and x.shape[1] % INT4_GROUPS[-1] == 0 and has_int4_product():
         packed = kept_copy(copies, weight, scale, packed_copy)
         if packed is None:
             return None
