@@ -21,6 +21,7 @@ KNOWN = (  # what a bare machine has not, and no requirement can bring
     r"g\+\+ or NVRTC is missing",
     r"OFFICIAL_PTUNING",  # the original's own scripts
     r"serving/requirements-ray\.txt",  # half a gigabyte
+    r"pip install deepspeed",  # compiles at its first use
     r"(langchain-huggingface|bitsandbytes|optimum-quanto|torchao|llama-index-llms-huggingface) is not installed",
     # What no version of a library can do, where the same test runs with other parameters.
     r"static caches without the P-tuning prefix",

@@ -408,6 +408,7 @@ def test_without_the_terminal_libraries_it_talks_plain_text_and_says_what_would_
     at = terminal.wait_for("requirements-chat.txt")
     at = terminal.wait_for(screen.ASK.strip(), at)
     terminal.type("你好\n")
-    terminal.wait_for(f"{screen.ANSWER}{GREETING}\n", at)
+    at = terminal.wait_for(f"{screen.ANSWER}{GREETING}\n", at)
+    terminal.wait_for(screen.ASK.strip(), at)  # before that the line editor does not read yet, and the key is lost
     terminal.type(CTRL_D)
     assert terminal.exit_code() == 0
