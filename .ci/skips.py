@@ -34,7 +34,7 @@ def outcomes(report: str) -> dict[tuple[str, str], str | None]:
     found = {}
     for case in ElementTree.parse(report).getroot().iter("testcase"):
         skipped = case.find("skipped")
-        why = None if skipped is None else skipped.text or skipped.get("message", "")
+        why = None if skipped is None else " ".join((skipped.text or skipped.get("message", "")).split())
         found[case.get("classname", ""), case.get("name", "")] = why
     return found
 
@@ -44,7 +44,7 @@ def skipped_everywhere(reports: list[str]) -> dict[tuple[str, str], str]:
     for report in reports:
         for test, why in outcomes(report).items():
             reasons.setdefault(test, []).append(why)
-    return {test: " ".join(whys[0].split()) for test, whys in reasons.items() if None not in whys}
+    return {test: " | ".join(sorted(set(whys))) for test, whys in reasons.items() if None not in whys}
 
 
 def main(reports: list[str]) -> int:

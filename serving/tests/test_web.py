@@ -140,11 +140,19 @@ def test_an_answer_is_tried_again_undone_and_a_question_edited(tab, model):
 
 def test_settings_reach_the_model(tab, model):
     tab.get_by_text("Settings").click()
-    tab.get_by_label("System message").fill("be brief")
-    tab.get_by_label("number input for Temperature").fill("0.5")
-    tab.get_by_label("number input for Top-p").fill("0.9")
-    tab.get_by_label("number input for Max length").fill("128")
+    playwright.expect(tab.get_by_label("System message")).to_be_visible()
+    settings = {
+        "System message": "be brief",
+        "number input for Temperature": "0.5",
+        "number input for Top-p": "0.9",
+        "number input for Max length": "128",
+    }
+    for label, value in settings.items():
+        tab.get_by_label(label).fill(value)
+        tab.get_by_label(label).blur()
     tab.get_by_label("Sample").uncheck()
+    for label, value in settings.items():
+        playwright.expect(tab.get_by_label(label)).to_have_value(value)
     ask(tab, "hello")
     shown(tab, "answer 1 to hello")
     _, history, options = model.asked[-1]
