@@ -111,8 +111,8 @@ def unpack_int4(packed: Tensor, dtype: torch.dtype = torch.int8) -> Tensor:
 def dequantize_weight(weight: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """int8 or packed int4 weights -> [out, in]: integer times scale, computed and rounded once in `dtype`."""
     values = unpack_int4(weight, dtype) if bits == 4 else weight.to(dtype)
-    groups = scale.to(dtype).view(len(scale), -1, 1)  # of columns; one where a row has one scale
-    return values.unflatten(1, (groups.shape[1], -1)).mul_(groups).flatten(1)
+    groups = (scale if scale.dim() == 2 else scale[:, None]).to(dtype)  # of columns; one where a row has one scale
+    return values.unflatten(1, (groups.shape[1], -1)).mul_(groups[..., None]).flatten(1)
 
 
 def dequantized(weight: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
