@@ -51,6 +51,18 @@ class Terminal:
         self.wait_until(lambda: text in self.seen[after:], text, after)
         return self.seen.index(text, after) + len(text)
 
+    def interrupt(self, text: str, after: int, timeout: float = 240) -> int:
+        """Ctrl-C at a prompt, until `text` comes: Python misses a signal between drawing its prompt and waiting for
+        keys, which is when a program that looks for the prompt is quick enough to send one."""
+        deadline = time.monotonic() + timeout
+        while text not in self.seen[after:]:
+            assert time.monotonic() < deadline, f"no {text!r} in {self.seen[after:]!r}"
+            self.type(b"\x03")
+            again = time.monotonic() + 5
+            while text not in self.seen[after:] and time.monotonic() < again:
+                assert self.read(0.2), f"ended without {text!r}: {self.seen[after:]!r}"
+        return self.seen.index(text, after) + len(text)
+
     def resize(self, lines: int, columns: int) -> None:
         import fcntl
         import termios

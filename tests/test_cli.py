@@ -51,8 +51,7 @@ def test_a_conversation_in_a_terminal(talker):
     at = terminal.wait_for(screen.ASK.strip(), at)
     assert terminal.seen.count("👋") == 1, "a part of the answer was drawn twice"
 
-    terminal.type(CTRL_C)  # at the prompt: no exit
-    at = terminal.wait_for("leaves)", at)
+    at = terminal.interrupt("leaves)", at)  # at the prompt: no exit
     at = terminal.wait_for(screen.ASK.strip(), at)
 
     terminal.type("clear\n")
