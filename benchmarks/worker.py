@@ -28,7 +28,7 @@ from transformers import (  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from package import find_engine  # noqa: E402
+from package import engine_module, find_engine  # noqa: E402
 
 find_engine()
 IMPORTED = time.perf_counter() - START
@@ -55,7 +55,7 @@ class Worker:
             changes["dtype"] = getattr(torch, options.dtype)
         self.model = AutoModel.from_pretrained(options.folder, trust_remote_code=True, **changes).eval()
         if options.huge_pages:
-            self.model.to_huge_pages()
+            engine_module().move_to_huge_pages(self.model)
         if options.compile:
             self.model.forward = torch.compile(self.model.forward, dynamic=True)
         self.model.generation_config.eos_token_id = None  # random weights may end an answer at any token

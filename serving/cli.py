@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
 
 from serving.loading import DTYPES, load  # noqa: E402
+from serving.rounds import latest_rounds  # noqa: E402
 from serving.screen import PlainTerminal, left_as_found, open_terminal, without_echo  # noqa: E402
 
 HELP = (
@@ -29,7 +30,6 @@ HELP = (
 )
 LEAVE, CLEAR = ("stop", "exit", "quit", "/bye"), "clear"
 WITH_TEXT = ("/system", "/set", "/save", "/load")
-ANSWER_ROOM = 256  # tokens; a long conversation loses its oldest rounds before it loses these
 INTERRUPTED = 130  # the exit code that shells give to Ctrl-C
 
 
@@ -99,7 +99,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def sampling(options: argparse.Namespace) -> dict:
     """The keyword arguments of `stream_chat` that the options ask for."""
     chosen = {"max_length": options.max_length, "do_sample": not options.greedy}
-    chosen["answer_room"] = min(ANSWER_ROOM, options.max_length // 2)
     if not options.greedy:
         chosen.update(top_p=options.top_p, temperature=options.temperature)
     if options.repetition_penalty != 1.0:
@@ -186,10 +185,12 @@ class Conversation:
 
         settled = package_module("chat").settled
         answer, response, note = self.terminal.begin_answer(), "", ""
+        before, asked = self.messages, {"role": "user", "content": query}
         try:
-            stream = self.model.stream_chat(self.tokenizer, query, history=self.messages, **sampling(self.options))
-            for response, history in stream:
-                self.messages = as_messages(history)
+            told = latest_rounds(self.tokenizer, query, before, self.options.max_length)
+            stream = self.model.stream_chat(self.tokenizer, query, history=told, **sampling(self.options))
+            for response, _ in stream:
+                self.messages = [*before, asked, {"role": "assistant", "content": response}]
                 answer.show(settled(response))
                 if self.ctrl_c.pressed:
                     note = "(stopped)"

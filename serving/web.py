@@ -7,6 +7,7 @@ questions edited. One answer is made at a time, others wait for their turn. Noth
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ipaddress
 import os
 import sys
@@ -18,9 +19,9 @@ sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 from serving.loading import DTYPES, load  # noqa: E402
+from serving.rounds import latest_rounds  # noqa: E402
 
 LATEX = [("$$", "$$", True), ("\\[", "\\]", True), ("\\(", "\\)", False), ("$", "$", False)]
-ANSWER_ROOM = 256  # tokens; a long conversation loses its oldest rounds before it loses these
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -84,16 +85,14 @@ def page(tokenizer, model):
         query: str, history: list[dict], system: str, sample: bool, temperature: float, top_p: float, max_length: int
     ) -> Iterator[str]:
         """The answer so far, after each token. Gradio closes this where the answer is stopped or nobody reads it."""
-        options = {"do_sample": sample, "temperature": temperature, "top_p": top_p}
-        options.update(max_length=max_length, answer_room=min(ANSWER_ROOM, max_length // 2))
-        stream = model.stream_chat(tokenizer, query, history=conversation(system, history), **options)
+        options = {"do_sample": sample, "temperature": temperature, "top_p": top_p, "max_length": max_length}
         try:
-            for answer, _ in stream:
-                yield answer
+            told = latest_rounds(tokenizer, query, conversation(system, history), max_length)
+            with contextlib.closing(model.stream_chat(tokenizer, query, history=told, **options)) as stream:
+                for answer, _ in stream:
+                    yield answer
         except (ValueError, RuntimeError) as error:  # too long a prompt, non-finite logits, no memory: it says which
             raise gr.Error(str(error)) from error
-        finally:
-            stream.close()
 
     return gr.ChatInterface(
         respond,

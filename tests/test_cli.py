@@ -244,7 +244,15 @@ class ScriptedModel:
             self.closed = True
 
 
+class Prompts:
+    """A tokenizer whose prompts are short."""
+
+    def build_chat_input_ids(self, query, history):
+        return [0]
+
+
 def conversation(model, *arguments: str, tokenizer=None) -> cli.Conversation:
+    tokenizer = tokenizer or Prompts()
     return cli.Conversation(tokenizer, model, cli.parse(["--greedy", *arguments]), screen.PlainTerminal())
 
 
@@ -310,7 +318,7 @@ def test_settings_reach_the_next_answer_and_wrong_ones_are_named(capsys):
     talk = conversation(ScriptedModel("one"))
     for line in ("/set temperature 0.5", "/set top-p=0.9", "/set max_length 99", "q"):
         assert talk.hear(line)
-    expected = {"max_length": 99, "answer_room": 49, "do_sample": True, "temperature": 0.5, "top_p": 0.9}
+    expected = {"max_length": 99, "do_sample": True, "temperature": 0.5, "top_p": 0.9}
     assert talk.model.asked[-1][2] == expected
     assert "greedy False" in capsys.readouterr().out
     for line, message in {
@@ -324,7 +332,7 @@ def test_settings_reach_the_next_answer_and_wrong_ones_are_named(capsys):
         assert talk.hear(line)
         assert message in capsys.readouterr().out
     assert talk.hear("/set greedy on") and talk.hear("q")
-    assert talk.model.asked[-1][2] == {"max_length": 99, "answer_room": 49, "do_sample": False}
+    assert talk.model.asked[-1][2] == {"max_length": 99, "do_sample": False}
 
 
 def test_a_seed_repeats_what_is_sampled():
@@ -383,9 +391,8 @@ def test_control_characters_never_reach_the_terminal():
 def test_sampling_options_reach_the_model():
     given = ["--top-p", "0.5", "--temperature", "1.5", "--repetition-penalty", "1.1", "--max-length", "99"]
     expected = {"max_length": 99, "do_sample": True, "top_p": 0.5, "temperature": 1.5, "repetition_penalty": 1.1}
-    assert cli.sampling(cli.parse(given)) == {**expected, "answer_room": 49}
-    greedy = {"max_length": 2048, "do_sample": False, "answer_room": cli.ANSWER_ROOM}
-    assert cli.sampling(cli.parse(["--greedy"])) == greedy
+    assert cli.sampling(cli.parse(given)) == expected
+    assert cli.sampling(cli.parse(["--greedy"])) == {"max_length": 2048, "do_sample": False}
 
 
 def test_the_start_waits_for_no_library():

@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from chatglm_cpu import instruction_set, program, runtime
+from chatglm_cpu import instruction_set, move_to_huge_pages, program, runtime
 from chatglm_slim import compat, kernel_routes, modeling_chatglm
 from chatglm_slim.modeling_chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from rounding import ROUNDINGS_OF_THE_HEAD, assert_as_near, exact, roundings
@@ -509,7 +509,7 @@ def test_what_is_swapped_while_a_kernel_runs_stays_in_memory_until_it_ends(monke
 def test_moving_weights_leaves_those_who_compute_with_the_old_ones_what_they_hold():
     model = make_model()
     old = {name: (parameter, parameter.clone()) for name, parameter in model.named_parameters()}
-    model.to_huge_pages()
+    move_to_huge_pages(model)
     gc.collect()
     assert all(torch.equal(parameter, values) for parameter, values in old.values())
     assert all(parameter is not old[name][0] for name, parameter in model.named_parameters())

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from chatglm_cpu import huge_pages
-from chatglm_slim.kernel_routes import move_to_huge_pages
+from chatglm_cpu import huge_pages, move_to_huge_pages
 from chatglm_slim.modeling_chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from safetensors.torch import save_model
 
@@ -34,7 +33,7 @@ def test_new_parameters_hold_the_same_values_and_old_ones_stay_whole(any_page, t
     network = ChatGLMForConditionalGeneration.from_pretrained(tmp_path / "before")
     before = {name: (parameter, parameter.clone()) for name, parameter in network.named_parameters()}
     places = {name: parameter.data_ptr() for name, parameter in network.named_parameters()}
-    assert network.to_huge_pages() is network
+    move_to_huge_pages(network)
     for name, parameter in network.named_parameters():
         old, values = before[name]
         assert parameter.equal(values) and parameter.requires_grad == old.requires_grad
@@ -49,7 +48,8 @@ def test_new_parameters_hold_the_same_values_and_old_ones_stay_whole(any_page, t
 def test_quantized_models_give_the_same_answer(any_page, quantization):
     network = model().bfloat16().quantize(**quantization)
     before = network.generate(input_ids=IDS, max_new_tokens=8, do_sample=False)
-    assert network.to_huge_pages().generate(input_ids=IDS, max_new_tokens=8, do_sample=False).equal(before)
+    move_to_huge_pages(network)
+    assert network.generate(input_ids=IDS, max_new_tokens=8, do_sample=False).equal(before)
 
 
 def test_parameters_over_the_same_memory_share_the_copy():
@@ -62,11 +62,12 @@ def test_parameters_over_the_same_memory_share_the_copy():
 def test_a_model_moved_in_inference_mode_can_be_trained():
     network = model()
     with torch.inference_mode():
-        network.to_huge_pages()
+        move_to_huge_pages(network)
     network(IDS, labels=IDS).loss.backward()
     assert network.lm_head.weight.grad.any()
 
 
 def test_it_can_be_saved_by_safetensors_alone(any_page, tmp_path):
-    network = model().to_huge_pages()
+    network = model()
+    move_to_huge_pages(network)
     save_model(network, str(tmp_path / "weights"))

@@ -253,14 +253,3 @@ def test_a_whole_model_answers_the_same_and_stays_what_it_is(tmp_path, quantize_
     # PyTorch's products round to bfloat16, nothing else does: no further off than where everything is rounded to it.
     truth, rounded = exact(model, IDS).logits, copy.deepcopy(model).bfloat16()(IDS).logits
     assert (packed - truth).norm() <= (rounded - truth).norm()
-
-
-def test_to_huge_pages_says_what_is_missing(caplog):
-    sizes = {"hidden_size": 32, "num_layers": 1, "num_attention_heads": 2, "inner_hidden_size": 64}
-    config = ChatGLMConfig(vocab_size=1472, bos_token_id=1104, eos_token_id=1105, **sizes)
-    model = ChatGLMForConditionalGeneration(config)
-    before = dict(model.named_parameters())
-    kernel_routes.warn_once.cache_clear()
-    assert model.to_huge_pages() is model
-    assert any("to_huge_pages() needs chatglm_cpu" in text for text in caplog.messages)
-    assert all(before[name] is parameter for name, parameter in model.named_parameters())

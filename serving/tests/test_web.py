@@ -57,7 +57,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def address(model):
-    app = web.page(None, model)
+    app = web.page(SimpleNamespace(build_chat_input_ids=lambda query, history: [0]), model)
     _, local, _ = app.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, **web.LAUNCH)
     yield local
     app.close()
@@ -157,7 +157,7 @@ def test_settings_reach_the_model(tab, model):
     shown(tab, "answer 1 to hello")
     _, history, options = model.asked[-1]
     assert texts(history) == [("system", "be brief")]
-    expected = {"do_sample": False, "temperature": 0.5, "top_p": 0.9, "max_length": 128, "answer_room": 64}
+    expected = {"do_sample": False, "temperature": 0.5, "top_p": 0.9, "max_length": 128}
     assert options == expected
 
 
