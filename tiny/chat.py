@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextvars
-import operator
+import math
 import queue
 import re
 import threading
@@ -43,14 +42,7 @@ def settled(response: str) -> str:
     return held_back(response, [DATE_PLACEHOLDER]).rstrip("".join(FULL_WIDTH))
 
 
-def whole_number(name: str, value) -> int:
-    try:
-        return operator.index(int(value) if isinstance(value, float) and value.is_integer() else value)
-    except TypeError:
-        raise ValueError(f"{name} = {value!r} ({type(value).__name__}): give a whole number") from None
-
-
-# --- history and prompt: (question, answer) pairs, or messages with role and content ---------------------------------
+# --- history and answer ----------------------------------------------------------------------------------------------
 
 
 def with_round(history: list | None, query: str, response: str) -> list:
@@ -58,50 +50,6 @@ def with_round(history: list | None, query: str, response: str) -> list:
     if history and isinstance(history[0], dict):
         return [*history, {"role": "user", "content": query}, {"role": "assistant", "content": response}]
     return [*(history or []), (query, response)]
-
-
-def starts_of_rounds(history: list | None) -> list[int]:
-    return [n for n, turn in enumerate(history or []) if not isinstance(turn, dict) or turn.get("role") == "user"]
-
-
-def without_oldest_rounds(history: list | None, count: int) -> list:
-    """`history` without its first `count` questions and their answers; a system message stays."""
-    history, starts = list(history or []), starts_of_rounds(history)
-    return [*history[: starts[0]], *history[[*starts, len(history)][count] :]] if count else history
-
-
-def prompt_within(
-    tokenizer, query: str, history: list | None, max_length: int | None, answer_room: int | None
-) -> list[int]:
-    """The ids of the prompt; without as many of the oldest rounds as it takes to keep `answer_room` tokens free.
-
-    Raises:
-        ValueError: `max_length` leaves no room for an answer.
-    """
-
-    def without(rounds: int) -> list[int]:
-        return tokenizer.build_chat_input_ids(query, without_oldest_rounds(history, rounds))
-
-    ids = without(0)
-    if None not in (max_length, answer_room) and len(ids) + answer_room > max_length:
-        too_few, enough = 0, len(starts_of_rounds(history))
-        ids = without(enough)
-        while enough - too_few > 1:  # by bisection: encoding a long history takes its time
-            middle = (too_few + enough) // 2
-            shorter = without(middle)
-            if len(shorter) + answer_room > max_length:
-                too_few = middle
-            else:
-                enough, ids = middle, shorter
-    if max_length is None or len(ids) < max_length:
-        return ids
-    raise ValueError(
-        f"the prompt has {len(ids)} tokens and max_length is {max_length}: no room is left for an answer; "
-        "raise max_length, shorten the history (answer_room=256 leaves out its oldest rounds) or the query"
-    )
-
-
-# --- the answer ------------------------------------------------------------------------------------------------------
 
 
 class FiniteScores(LogitsProcessor):
@@ -119,9 +67,9 @@ class FiniteScores(LogitsProcessor):
 class Answer(StoppingCriteria):
     """The text of an answer as it is shown, and its end before a stop string; one place for chat and stream_chat."""
 
-    def __init__(self, tokenizer, prompt_length: int, process_response, stop: list[str] | None, num_beams: int = 1):
+    def __init__(self, tokenizer, prompt_length: int, process_response, stop: list[str] | None):
         self.tokenizer, self.prompt_length, self.process_response = tokenizer, prompt_length, process_response
-        self.stop, self.num_beams = [stop] if isinstance(stop, str) else list(stop or []), num_beams
+        self.stop = [stop] if isinstance(stop, str) else list(stop or [])
         if not all(isinstance(word, str) and word for word in self.stop):
             raise ValueError(f"stop = {stop!r}: give texts; an empty one would end every answer before it begins")
 
@@ -131,10 +79,8 @@ class Answer(StoppingCriteria):
         Stop strings are looked for in what is shown, so in the cleaned text, where more text can't change it.
         """
         raw = self.tokenizer.decode(ids[self.prompt_length :].tolist())
-        raw = raw if finished else raw.rstrip(UNFINISHED)
-        text = self.process_response(raw)
-        blanks = raw[len(raw.rstrip()) :] if text else ""  # not shown yet, but they may be in a stop string
-        searched = text + blanks if finished else settled(text + blanks)
+        text = self.process_response(raw if finished else raw.rstrip(UNFINISHED))
+        searched = text if finished else settled(text)
         ends = [searched.find(word) for word in self.stop if word in searched]
         return (text[: min(ends)].rstrip(), True) if ends else (text, False)
 
@@ -143,12 +89,8 @@ class Answer(StoppingCriteria):
         return text if finished or stopped or not self.stop else held_back(settled(text), self.stop)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> bool:
-        """Beams end when all of them have come to the same answer: then it doesn't matter which of them wins."""
-        if not self.stop:
-            return False
-        rows = input_ids if self.num_beams > 1 else input_ids[:1]
-        answers = {self.ended(ids, finished=False) for ids in rows}
-        return len(answers) == 1 and answers.pop()[1]
+        """Of beams nobody knows yet which one wins: they go on, and the winner is cut."""
+        return bool(self.stop) and len(input_ids) == 1 and self.ended(input_ids[0], finished=False)[1]
 
 
 # --- tokens on their way ---------------------------------------------------------------------------------------------
@@ -192,13 +134,11 @@ class TokenTap(StoppingCriteria):
 def state_of_thread(device: torch.device) -> list:
     """What PyTorch keeps for this thread alone, as contexts for another one: autocast, inference mode, and CUDA's
     current device and stream. (Gradients are off in both.)"""
-    contexts: list = [
-        torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=torch.is_autocast_cache_enabled())
-        for kind in {"cpu", device.type}
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    ]
-    if torch.is_inference_mode_enabled():
-        contexts.append(torch.inference_mode())
+    contexts: list = [torch.inference_mode()] if torch.is_inference_mode_enabled() else []
+    for kind in {"cpu", device.type}:
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            cached = torch.is_autocast_cache_enabled()
+            contexts.append(torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=cached))
     if torch.cuda.is_initialized():
         contexts.append(torch.cuda.stream(torch.cuda.current_stream()))  # sets the device too
     return contexts
@@ -214,9 +154,7 @@ def embedding_device(model):
 class ChatMixin:
     """chat, stream_chat and stream_generate of the model."""
 
-    def process_response(self, response: str) -> str:
-        """The official clean-up of an answer; see chat.process_response."""
-        return process_response(response)
+    process_response = staticmethod(process_response)
 
     def chat(
         self,
@@ -230,7 +168,6 @@ class ChatMixin:
         temperature: float = 0.95,
         logits_processor: LogitsProcessorList | None = None,
         stop: list[str] | None = None,
-        answer_room: int | None = None,
         **kwargs,
     ) -> tuple[str, list]:
         """Answers `query` after `history`.
@@ -239,9 +176,7 @@ class ChatMixin:
             history: earlier rounds as (query, answer) pairs, or role/content messages; not changed.
             max_length: tokens of prompt and answer together (or give max_new_tokens).
             stop: texts, as they would be shown, that end the answer; it is cut before them.
-            answer_room: tokens to keep free for the answer: the oldest rounds are left out of the prompt until they
-                are. Without it a prompt that fills `max_length` is an error.
-            kwargs: anything that transformers' `generate` takes.
+            kwargs: anything else that transformers' `generate` takes.
 
         Returns:
             the answer, and a new history with this round added in the form that `history` had.
@@ -250,7 +185,7 @@ class ChatMixin:
             ValueError: no room under max_length; scores that are not finite; a length that is no whole number.
         """
         kwargs.update(max_length=max_length, logits_processor=logits_processor, num_beams=num_beams)
-        kwargs.update(do_sample=do_sample, top_p=top_p, temperature=temperature, answer_room=answer_room)
+        kwargs.update(do_sample=do_sample, top_p=top_p, temperature=temperature)
         answer, arguments = self._begin(tokenizer, query, history, stop, kwargs)
         output = self.generate(**arguments)
         response = answer.text(getattr(output, "sequences", output)[0], finished=True)
@@ -267,7 +202,6 @@ class ChatMixin:
         temperature: float = 0.95,
         logits_processor: LogitsProcessorList | None = None,
         stop: list[str] | None = None,
-        answer_room: int | None = None,
         **kwargs,
     ) -> Iterator[tuple[str, list]]:
         """As `chat`, but yields (answer so far, history) after each token; the last pair is what `chat` returns.
@@ -275,7 +209,7 @@ class ChatMixin:
         Closing the generator (or leaving its loop) ends the generation.
         """
         kwargs.update(max_length=max_length, logits_processor=logits_processor)
-        kwargs.update(do_sample=do_sample, top_p=top_p, temperature=temperature, answer_room=answer_room)
+        kwargs.update(do_sample=do_sample, top_p=top_p, temperature=temperature)
         answer, arguments = self._begin(tokenizer, query, history, stop, kwargs)
         shown, ids = None, arguments["input_ids"]
         for ids in self.stream_generate(**arguments):
@@ -296,18 +230,18 @@ class ChatMixin:
     ) -> Iterator[Tensor]:
         """Runs `generate` and yields the ids so far, [B, n], after each token, the last included (no beams).
 
-        The generation runs in a thread of its own, which ends when this generator does. Autocast, inference mode,
-        context variables and CUDA's current device and stream are there what they are here at the first step.
+        The generation runs in a thread of its own, which ends when this generator does. Autocast, inference mode and
+        CUDA's current device and stream are there what they are here at the first step.
         """
-        if whole_number("num_beams", kwargs.get("num_beams") or 1) > 1:
+        if (kwargs.get("num_beams") or 1) > 1:
             raise ValueError(f"num_beams = {kwargs['num_beams']}: beams cannot be streamed; use chat() or generate()")
         tap = TokenTap()
         given = {"generation_config": generation_config, "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn}
         kwargs.update({name: value for name, value in given.items() if value is not None})  # 4.23 knows no first one
         kwargs.update(input_ids=input_ids, logits_processor=LogitsProcessorList(logits_processor or []))
         kwargs["stopping_criteria"] = StoppingCriteriaList([*(stopping_criteria or []), tap])
-        run, context = contextvars.copy_context().run, state_of_thread(input_ids.device)
-        thread = threading.Thread(target=run, args=(tap.run, context, self.generate, kwargs), daemon=True)
+        arguments = (state_of_thread(input_ids.device), self.generate, kwargs)
+        thread = threading.Thread(target=tap.run, args=arguments, daemon=True)
         thread.start()
         try:
             yield from tap
@@ -318,20 +252,25 @@ class ChatMixin:
 
     def _begin(self, tokenizer, query: str, history, stop, options: dict[str, Any]):
         """How to read the answer, and the arguments of `generate`, for one round of chat."""
-        for name in ("max_length", "max_new_tokens", "num_beams", "answer_room"):
-            if options.get(name) is not None:
-                options[name] = whole_number(name, options[name])
+        for name in ("max_length", "max_new_tokens", "num_beams"):
+            value = options.get(name)
+            if isinstance(value, str) or (value is not None and int(value) != value):
+                raise ValueError(f"{name} = {value!r} ({type(value).__name__}): give a whole number")
+            options.update({} if value is None else {name: int(value)})
         if options["max_length"] is None or options.get("max_new_tokens") is not None:
             del options["max_length"]
-        room = options.pop("answer_room")
-        limit = options.get("max_length", None if room is None else self.config.max_sequence_length)
-        prompt = torch.tensor([prompt_within(tokenizer, query, history, limit, room)], device=embedding_device(self))
+        prompt = torch.tensor([tokenizer.build_chat_input_ids(query, history)], device=embedding_device(self))
+        if prompt.shape[1] >= options.get("max_length", math.inf):
+            raise ValueError(
+                f"the prompt has {prompt.shape[1]} tokens and max_length is {options['max_length']}: no room is left "
+                "for an answer; leave out the oldest rounds of the history, shorten the query, or raise max_length"
+            )
         if options["do_sample"]:
             own = chosen_setting(self, (), options, "top_k")
             options["top_k"] = 50 if own is None else own  # as in the transformers that the original ran on
         else:  # generate would warn that they have no effect
             options = {name: value for name, value in options.items() if name not in ("top_p", "temperature", "top_k")}
-        answer = Answer(tokenizer, prompt.shape[1], self.process_response, stop, options.get("num_beams") or 1)
+        answer = Answer(tokenizer, prompt.shape[1], self.process_response, stop)
         options.update(input_ids=prompt, attention_mask=torch.ones_like(prompt))
         options["logits_processor"] = LogitsProcessorList([*(options["logits_processor"] or []), FiniteScores()])
         options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or []), answer])

@@ -274,7 +274,7 @@ def gelu(states: Tensor) -> Tensor:
     return F.gelu(states, approximate="tanh") if fast is None else fast
 
 
-# ---- A whole decode step, and where weights lie ---------------------------------------------------------------------
+# ---- A whole decode step ---------------------------------------------------------------------
 def decode_step(blocks: nn.ModuleList, final_norm, hidden: Tensor, rotary, visible, cache, kinds) -> Tensor | None:
     """The output [B, 1, hidden] of all blocks and the final norm for one new token; None: call the modules.
 
@@ -338,13 +338,3 @@ def described(blocks: nn.ModuleList, final_norm: nn.Module, kinds: tuple[type, t
     except (AttributeError, KeyError, TypeError):  # a module of another kind
         return None
     return engine().Network(*sizes.pop(), values) if len(sizes) == 1 else None
-
-
-def move_to_huge_pages(model: nn.Module) -> nn.Module:
-    """Moves the weights on the CPU from the mapped files to huge pages of the process, where decoding reads them
-    faster, by the engine alone; seconds for some GB. They become new parameters: make an optimizer afterwards."""
-    if engine() is None:
-        warn_once(f"to_huge_pages() needs chatglm_cpu, and the weights stay where they are: {INSTALL}")
-    else:
-        engine().move_to_huge_pages(model)
-    return model

@@ -45,7 +45,7 @@ from .compat import (
 )
 from .configuration_chatglm import HAS_TENSOR_PARALLELISM, ChatGLMConfig, warn_once
 from .cuda_kernels import linear as cuda_linear  # noqa: F401
-from .kernel_routes import attention, decode_step, gelu, linear, move_to_huge_pages
+from .kernel_routes import attention, decode_step, gelu, linear
 from .quantization import (
     QuantizedEmbedding,
     QuantizedLinear,
@@ -733,7 +733,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
 
     # --- weights -------------------------------------------------------------------------------------------------
 
-    to_huge_pages, quantize, dequantize = move_to_huge_pages, quantize_model, dequantize_model
+    quantize, dequantize = quantize_model, dequantize_model
 
 
 def as_asked(output, return_dict: bool | None, config: ChatGLMConfig):
