@@ -15,6 +15,11 @@ TITLES = {
     "prefix": "P-tuning v2 prefix for ChatGLM-6B-Slim",
     "adapter": "LoRA adapter for ChatGLM-6B-Slim",
 }
+TAGS = {
+    "model": ("chatglm", "custom_code"),
+    "prefix": ("chatglm", "custom_code", "p-tuning"),
+    "adapter": ("chatglm", "lora"),
+}
 PACKAGES = '"torch>=2.13" "transformers>=4.23.1,<6" "sentencepiece>=0.2.0" "accelerate>=0.26"'  # as in pyproject.toml
 ENGINE = (
     "On an x86-64 CPU answers come faster with `chatglm_cpu`: `pip install ./cpu` in a clone of the ChatGLM-6B-Slim "
@@ -39,7 +44,7 @@ def model_card(plan: Plan, options: Options, name: str) -> str:
 
 
 def facts():
-    """The file of the package that knows a card's header, once it is needed: `slim.py --help` does not wait."""
+    """The file of the package that knows version and licence, once it is needed: `slim.py --help` does not wait."""
     return package_module("configuration_chatglm")
 
 
@@ -56,15 +61,17 @@ def base_of(plan: Plan, options: Options) -> str | None:
 
 
 def front_matter(plan: Plan, options: Options) -> str:
-    kind = plan.source.kind
-    tags = {"adapter": ("chatglm", "lora"), "prefix": ("chatglm", "custom_code", "p-tuning")}
-    return facts().card_header(
-        base_of(plan, options),
-        license_link=license_link(plan) if holds_original_weights(plan) else None,
-        relation="adapter" if kind != "model" else "quantized" if options.bits else None,
-        library="peft" if kind == "adapter" else "transformers",
-        tags=tags.get(kind, ("chatglm", "custom_code")),
-    )
+    """What the Hub reads; a field that is not known is left out."""
+    kind, base = plan.source.kind, base_of(plan, options)
+    relation = "adapter" if kind != "model" else "quantized" if options.bits else None
+    known = holds_original_weights(plan)
+    fields = {"license": known and "other", "license_name": known and facts().LICENSE_NAME}
+    fields.update(license_link=known and license_link(plan))
+    fields.update(library_name="peft" if kind == "adapter" else "transformers", pipeline_tag="text-generation")
+    fields.update(base_model=base, base_model_relation=base and relation)
+    lines = [f"{name}: {value}" for name, value in fields.items() if value]
+    tags = [f"- {tag}" for tag in TAGS[kind]]
+    return "\n".join(["---", "language:", "- zh", "- en", *lines, "tags:", *tags, "---"])
 
 
 def holds_original_weights(plan: Plan) -> bool:

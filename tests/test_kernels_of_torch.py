@@ -195,7 +195,7 @@ def test_a_product_of_torch_that_fails_or_is_wrong_is_said_once_and_not_used(mon
         raise RuntimeError("no such instruction")
 
     real = torch._weight_int4pack_mm_for_cpu if kernel_routes.has_int4_product() else fail
-    for function, message in ((fail, "no such instruction"), (lambda *arguments: -real(*arguments), "wrong numbers")):
+    for function in (fail, lambda *arguments: -real(*arguments)):
         if real is fail and function is not fail:
             continue
         caplog.clear()
@@ -205,7 +205,7 @@ def test_a_product_of_torch_that_fails_or_is_wrong_is_said_once_and_not_used(mon
         layer, x = make_layer(64, 128), torch.randn(2, 128).bfloat16()
         for _ in range(2):
             assert_within_bfloat16(layer, x, layer(x))
-        assert not layer.copies and sum(message in text for text in caplog.messages) == 1
+        assert not layer.copies and sum("INT4 product does not serve" in text for text in caplog.messages) == 1
         monkeypatch.setattr(torch, "_weight_int4pack_mm_for_cpu", real, raising=False)
     kernel_routes.has_int4_product.cache_clear()
 
@@ -220,9 +220,6 @@ def test_one_line_says_what_is_missing_and_how_to_get_it(monkeypatch, caplog, bi
         layer(torch.randn(2, 128).bfloat16())
     lines = [text for text in caplog.messages if "chatglm_cpu" in text]
     assert len(lines) == 1 and f"INT{bits}" in lines[0] and "pip install" in lines[0]
-    layer.quantize_activations = True
-    layer(torch.randn(2, 128).bfloat16())
-    assert any("quantize_activations has no effect" in text for text in caplog.messages)
 
 
 @pytest.mark.parametrize("quantize_head", [False, 4])

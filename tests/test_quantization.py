@@ -98,12 +98,10 @@ def test_groups_and_searched_scales_lower_the_error():
     assert error(search=True) < error() and error(group_size=32, search=True) < error(group_size=32)
 
 
-def test_odd_widths_unknown_bits_and_groups_are_refused_by_name():
-    with pytest.raises(ValueError, match="in_features = 7: INT4"):
+def test_odd_widths_and_groups_are_refused_by_name():
+    with pytest.raises(ValueError, match="in_features = 7 is not a multiple of 2,.* INT4"):
         quantize_weight(torch.zeros(2, 7), 4)
-    with pytest.raises(ValueError, match="3 bits"):
-        quantize_weight(torch.zeros(2, 8), 3)
-    with pytest.raises(ValueError, match="in_features = 48 is not a multiple of group_size = 32"):
+    with pytest.raises(ValueError, match="in_features = 48 is not a multiple of 32,.*group_size"):
         quantize_weight(torch.zeros(2, 48), 4, 32)
 
 
@@ -185,7 +183,7 @@ def test_a_format_that_the_checkpoint_does_not_have_is_refused_with_the_cure(con
     load = ChatGLMForConditionalGeneration.from_pretrained
     model = ChatGLMForConditionalGeneration(config).half()
     model.save_pretrained(tmp_path / "16")
-    match = rf"quantization_bit=0, .* was to be loaded with quantization_bit={bits}, .*call model.quantize"
+    match = rf"'quantization_bit': 0, .* was to be loaded with .*'quantization_bit': {bits}, .*call model.quantize"
     with pytest.raises(ValueError, match=match):
         load(tmp_path / "16", quantization_bit=bits)
     asked = ChatGLMConfig.from_pretrained(tmp_path / "16", quantization_bit=bits)
@@ -193,7 +191,7 @@ def test_a_format_that_the_checkpoint_does_not_have_is_refused_with_the_cure(con
         load(tmp_path / "16", config=asked)
     model.quantize(bits).save_pretrained(tmp_path / "int")
     for other in ({"quantization_bit": 0}, {"quantization_bit": 12 - bits}, {"quantize_head": True}):
-        with pytest.raises(ValueError, match=f"holds weights with quantization_bit={bits}, .*: load it as it is$"):
+        with pytest.raises(ValueError, match=f"holds weights with .*_bit': {bits}, .*: load it as it is$"):
             load(tmp_path / "int", **other)
     asked = ChatGLMConfig.from_pretrained(tmp_path / "int")
     assert load(tmp_path / "int", quantization_bit=bits) is not None
@@ -235,8 +233,10 @@ def test_arguments_of_the_official_quantize_are_taken_and_those_without_effect_n
     model = ChatGLMForConditionalGeneration(config).quantize(
         bits=4, empty_init=True, kernel_file="x.so", use_quantization_cache=False, quantize_embeddings=True
     )
-    told = [text for text in caplog.messages if "has no effect here" in text]
-    assert len(told) == 2 and "empty_init=True" in told[0] and "kernel_file='x.so'" in told[1]
+    assert (
+        sum("empty_init, kernel_file and use_quantization_cache have no effect" in text for text in caplog.messages)
+        == 1
+    )
     assert model.config.head_bits == 4 and isinstance(model.lm_head, QuantizedLinear) and model.lm_head.bits == 4
     with pytest.raises(TypeError, match="'bit'"):
         ChatGLMForConditionalGeneration(copy.deepcopy(plain_of(config))).quantize(4, bit=3)
