@@ -219,29 +219,26 @@ def warn_once(message: str) -> None:
     logger.warning(message)
 
 
-def card_header(base=None, license_link=None, relation=None, library="transformers", tags=("chatglm", "custom_code")):
-    """The top of a README.md, which the Hub reads. base: the model that it was made from or for; license_link: where
-    the licence of ChatGLM-6B's weights is, if it is known to hold."""
-    fields = {"license": license_link and "other", "license_name": license_link and LICENSE_NAME}
-    fields.update(license_link=license_link, library_name=library, pipeline_tag="text-generation", base_model=base)
-    fields["base_model_relation"] = base and relation
-    lines = [f"{name}: {value}" for name, value in fields.items() if value]
-    return "\n".join(["---", "language:", "- zh", "- en", *lines, "tags:", *(f"- {tag}" for tag in tags), "---"])
-
-
-def model_card(config: ChatGLMConfig) -> str:
-    """The README.md of a saved model: what its configuration tells, and nothing else."""
-    sizes = ("hidden_size", "num_layers", "inner_hidden_size")
-    is_6b = all(getattr(config, name) == FIELDS[name][0] for name in sizes)
-    known = {"base": "THUDM/chatglm-6b", "license_link": LICENSE_LINK} if is_6b else {}
-    relation = "quantized" if config.quantization_bit else None
-    return f"""{card_header(**known, relation=relation)}
+MODEL_CARD = f"""---
+language:
+- zh
+- en
+{{origin}}library_name: transformers
+pipeline_tag: text-generation
+---
 
 # ChatGLM
 
 Saved with version {CODE_VERSION} of the code of ChatGLM-6B-Slim, which is beside it in `.py` files under Apache-2.0;
 `trust_remote_code=True` runs it. Write here what the model learned, from which data, and its licence.
 """
+ORIGIN = f"license: other\nlicense_name: {LICENSE_NAME}\nlicense_link: {LICENSE_LINK}\nbase_model: THUDM/chatglm-6b\n"
+
+
+def model_card(config: ChatGLMConfig) -> str:
+    """The README.md of a saved model, which the Hub reads; only the released sizes tell whose weights those were."""
+    is_6b = (config.hidden_size, config.num_layers) == (FIELDS["hidden_size"][0], FIELDS["num_layers"][0])
+    return MODEL_CARD.format(origin=ORIGIN if is_6b else "")
 
 
 ChatGLMConfig.register_for_auto_class("AutoConfig")  # 4.29-4.31, 4.45-4.51 copy code on save only then

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import platform
-import types
 
 import torch
 import torch.nn.functional as F
@@ -72,13 +71,7 @@ def torch_functions() -> tuple:
     return (F.linear, F.layer_norm, F.gelu, F.scaled_dot_product_attention, *methods)
 
 
-def is_of_torch(function) -> bool:
-    code = getattr(function, "__code__", None)  # builtins have none; wrappers have that of another file
-    own = torch.__path__[0]
-    return isinstance(function, types.BuiltinFunctionType) if code is None else code.co_filename.startswith(own)
-
-
-TORCH = tuple(function if is_of_torch(function) else None for function in torch_functions())
+TORCH = torch_functions()
 # A name that disappears counts as a hook: then plain PyTorch serves, and a test fails.
 GLOBAL_HOOKS = [getattr(modules_of_torch, f"_global_forward_{kind}hooks", True) for kind in ("", "pre_")]
 
@@ -145,8 +138,6 @@ def product(
         fast = engine_for(f"INT{bits}")
         if fast is not None:
             y = fast.linear(rows, weight, scale, bits, bias, int8_activations)
-        elif int8_activations:
-            warn_once(f"quantize_activations has no effect without chatglm_cpu: {INSTALL}")
         if y is None and weight.device.type == "cpu" and weight.shape[0] * x.shape[-1] >= SMALLEST:
             y = product_of_torch(rows, weight, scale, bits, bias, copies)
     elif x.device.type == "cuda" and not is_tracing():
@@ -195,13 +186,15 @@ def product_of_torch(x, weight, scale, bits, bias, copies) -> Tensor | None:
     Routes, up to TORCH_ROWS rows of x: INT8 with a scale a row, with a copy of a weight that is not aligned, as in a
     mapped file; INT4, with a copy of the weight in the order that PyTorch wants; else None.
     """
-    if bits == 8 and len(x) <= TORCH_ROWS and scale.dim() == 1 and hasattr(torch, "_weight_int8pack_mm"):
+    if len(x) > TORCH_ROWS:
+        return None
+    if bits == 8 and scale.dim() == 1 and hasattr(torch, "_weight_int8pack_mm"):
         is_aligned = weight.data_ptr() % ALIGNMENT == 0
         aligned = weight if is_aligned else kept_copy(copies, weight, scale, lambda weight, scale: weight.clone())
         if aligned is None:
             return None
         y = torch._weight_int8pack_mm(x.bfloat16(), aligned, scale.new_ones(len(scale), dtype=torch.bfloat16))
-    elif bits == 4 and len(x) <= TORCH_ROWS and x.shape[1] % INT4_GROUPS[-1] == 0 and has_int4_product():
+    elif bits == 4 and x.shape[1] % INT4_GROUPS[-1] == 0 and has_int4_product():
         packed = kept_copy(copies, weight, scale, packed_copy)
         if packed is None:
             return None
@@ -218,14 +211,15 @@ def kept_copy(copies: dict | None, weight: Tensor, scale: Tensor, make):
     """
     if copies is None or weight.is_inference() or scale.is_inference():
         return None
-    versions, of = (weight._version, scale._version), (weight.data, scale.data)
-    state = (versions, *((tensor.data_ptr(), tensor.shape) for tensor in of))
-    kept = copies.get("copy")
-    if kept is None or kept[0] != state:
+    of = (weight.data, scale.data)
+    state = [(tensor.data_ptr(), tensor._version) for tensor in (weight, scale)]
+    kept_state, copy, _ = copies.get("copy", (None, None, None))
+    if kept_state != state:
         copies.clear()  # before there is a second one
         with torch.inference_mode(False), torch.no_grad():
-            kept = copies["copy"] = (state, make(*of), of)  # as long as `of` lives, nothing else gets its memory
-    return kept[1]
+            copy = make(*of)
+        copies["copy"] = state, copy, of  # as long as `of` lives, nothing else gets its memory
+    return copy
 
 
 def packed_copy(weight: Tensor, scale: Tensor) -> tuple[Tensor, int, Tensor]:
@@ -244,18 +238,17 @@ def packed_copy(weight: Tensor, scale: Tensor) -> tuple[Tensor, int, Tensor]:
 @functools.cache
 def has_int4_product() -> bool:
     """Whether this PyTorch has its INT4 product for CPUs and computes a small one right; if not, one line says so."""
+    weight = torch.arange(INT4_BLOCK * 64, device="cpu").mul(167).to(torch.int8).view(INT4_BLOCK, 64)
+    ones = torch.ones(INT4_BLOCK, 1, dtype=torch.float32, device="cpu")
+    x = torch.arange(-64, 64, device="cpu").bfloat16()[None]  # whole numbers: only the result is rounded
+    expected = (x.double() @ unpack_int4(weight).double().T).bfloat16()
     try:
-        weight = torch.arange(INT4_BLOCK * 64, device="cpu").mul(167).to(torch.int8).view(INT4_BLOCK, 64)
-        ones = torch.ones(INT4_BLOCK, 1, dtype=torch.float32, device="cpu")
-        x = torch.arange(-64, 64, device="cpu").bfloat16()[None]  # whole numbers: only the result is rounded
-        y = torch._weight_int4pack_mm_for_cpu(x, *packed_copy(weight, ones))
-        is_right = torch.equal(y, (x.double() @ unpack_int4(weight).double().T).bfloat16())
-        reason = None if is_right else "wrong numbers"
-    except (AttributeError, RuntimeError) as error:
-        reason = error
-    if reason is not None:
-        warn_once(f"INT4 weights are unpacked for each product: PyTorch's INT4 product does not serve ({reason})")
-    return reason is None
+        is_right = torch.equal(torch._weight_int4pack_mm_for_cpu(x, *packed_copy(weight, ones)), expected)
+    except (AttributeError, RuntimeError):
+        is_right = False
+    if not is_right:
+        warn_once("INT4 weights are unpacked for each product: PyTorch's INT4 product does not serve")
+    return is_right
 
 
 # ---- What stands between the products -------------------------------------------------------------------------------

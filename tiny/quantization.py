@@ -19,7 +19,6 @@ from .kernel_routes import FrozenProduct, dequantize_weight, dequantized, produc
 
 LARGEST = {4: 7, 8: 127}
 SEARCH_FACTORS = [1 - step / 40 for step in range(17)]  # of the largest value, when the scale is searched: 1.0 ... 0.6
-WITHOUT_MEANING = ("empty_init", "kernel_file", "use_quantization_cache")  # of the official quantize()'s arguments
 
 
 # ---- The format: pure functions -------------------------------------------------------------------------------------
@@ -67,14 +66,9 @@ def pack_int4(values: Tensor) -> Tensor:
 
 
 def check_shape(in_features: int, bits: int, group_size: int) -> None:
-    if bits not in LARGEST:
-        raise ValueError(f"quantize to {bits} bits: only 4 and 8 are supported")
-    if bits == 4 and in_features % 2:
-        raise ValueError(f"in_features = {in_features}: INT4 packs two columns in a byte, so it must be even")
-    if group_size and in_features % group_size:
-        raise ValueError(
-            f"in_features = {in_features} is not a multiple of group_size = {group_size}: use 0, or a divisor"
-        )
+    step = group_size or 8 // bits  # columns that share a scale or a byte
+    if in_features % step:
+        raise ValueError(f"in_features = {in_features} is not a multiple of {step}, which group_size or INT4 asks for")
 
 
 # ---- The layers -----------------------------------------------------------------------------------------------------
@@ -92,7 +86,6 @@ class QuantizedLinear(nn.Module):
     def __init__(
         self, in_features: int, out_features: int, bits: int, group_size: int = 0, bias: bool = True, device=None
     ):
-        check_shape(in_features, bits, group_size)
         super().__init__()
         self.in_features, self.out_features, self.bits, self.group_size = in_features, out_features, bits, group_size
         self.copies: dict = {}
@@ -128,10 +121,6 @@ class QuantizedLinear(nn.Module):
     def _apply(self, function, *arguments, **named):
         self.copies.clear()
         return super()._apply(function, *arguments, **named)
-
-    def extra_repr(self) -> str:
-        names = ("in_features", "out_features", "bits", "group_size")
-        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
 
 class QuantizedEmbedding(nn.Module):
@@ -176,9 +165,10 @@ def quantize_model(
     quantize_head: bool | int = False,
     search: bool = False,
     quantize_activations: bool | None = None,
-    progress: bool | None = None,
     quantize_embeddings: bool = False,
-    **official,
+    empty_init: bool = False,
+    kernel_file: str | None = None,
+    use_quantization_cache: bool = False,
 ) -> nn.Module:
     """Replaces the linear layers of every block by quantized ones, one matrix at a time, where they are.
 
@@ -189,24 +179,19 @@ def quantize_model(
         quantize_head: embedding and head too, True or 8 for int8 rows, 4 for int4; the official format keeps them.
         search: for each scale, the value with the least squared error rather than the largest weight's.
         quantize_activations: as in ChatGLMConfig; a switch that may be turned again at any time. None leaves it.
-        progress: a progress bar; by default for models of a billion parameters and more.
-        quantize_embeddings: the official name for `quantize_head=bits`.
-        official: those of the official quantize() that change nothing here are taken, with a warning.
+        quantize_embeddings: the official name for `quantize_head=bits`. The others are official and change nothing.
 
-    Raises, and leaves the model as it was:
-        ValueError: a value that the configuration cannot have, a model that is quantized differently already, or one
-            whose weights are offloaded.
-        TypeError: another argument.
+    Raises ValueError, and leaves the model as it was: a value that the configuration cannot have, a model that is
+    quantized differently already, or one whose weights are offloaded.
     """
-    for name, value in official.items():
-        if name not in WITHOUT_MEANING:
-            raise TypeError(f"quantize() got an unexpected keyword argument {name!r}")
-        if value:
-            warn_once(f"quantize({name}={value!r}) has no effect here")
+    if empty_init or kernel_file or use_quantization_cache:
+        warn_once("quantize(): empty_init, kernel_file and use_quantization_cache have no effect here")
     config, quantize_head = model.config, quantize_head or (bits if quantize_embeddings else False)
-    check_request(config, bits, group_size, quantize_head, quantize_activations)
+    check_request(config, bits, group_size, quantize_head)
+    if quantize_activations is not None:
+        check_field("quantize_activations", quantize_activations)
     if bits and not config.quantization_bit:
-        quantize_layers(model, bits, group_size, search, progress)
+        quantize_layers(model, bits, group_size, search)
         config.quantize_head = quantize_head
         if config.head_bits:
             quantize_embedding_and_head(model, search)
@@ -219,29 +204,25 @@ def quantize_model(
     return model
 
 
-def check_request(config, bits, group_size, quantize_head, quantize_activations) -> None:
+def check_request(config, bits, group_size, quantize_head) -> None:
     """ValueError for values that a configuration may not have, and for another format than the model has already."""
     asked = {"quantization_bit": bits, "quantization_group_size": group_size, "quantize_head": quantize_head}
     for name, value in asked.items():
         check_field(name, value)
-    check_field("quantize_activations", False if quantize_activations is None else quantize_activations)
-    asked, present = tuple(asked.values()), tuple(getattr(config, name) for name in asked)
-    if bits and present[0] and asked not in (present, (present[0], 0, False)):
-        raise ValueError(
-            f"quantize(bits, group_size, quantize_head = {asked}): the model is quantized already, by {present}; load "
-            "the 16-bit one again"
-        )
+    present = {name: getattr(config, name) for name in asked}
+    plain = {"quantization_bit": config.quantization_bit, "quantization_group_size": 0, "quantize_head": False}
+    if bits and config.quantization_bit and asked not in (present, plain):
+        raise ValueError(f"the model is quantized already, as {present}, not {asked}; load the 16-bit one again")
 
 
-def quantize_layers(model: nn.Module, bits: int, group_size: int, search: bool, progress: bool | None) -> None:
-    """Those of the blocks; says so in the configuration."""
+def quantize_layers(model: nn.Module, bits: int, group_size: int, search: bool) -> None:
+    """Those of the blocks, with a progress bar where they take long; says so in the configuration."""
     layers = list(linear_layers(model.transformer.layers))
     for _, _, layer in layers:
         check_shape(layer.in_features, bits, group_size)
     refuse_offloaded(model, f"quantize({bits})")
-    if progress is None:
-        progress = sum(parameter.numel() for parameter in model.parameters()) >= 10**9
-    for parent, name, layer in tqdm(layers, f"quantizing to INT{bits}", unit="matrix", disable=not progress):
+    is_small = sum(parameter.numel() for parameter in model.parameters()) < 10**9
+    for parent, name, layer in tqdm(layers, f"quantizing to INT{bits}", unit="matrix", disable=is_small):
         setattr(parent, name, QuantizedLinear.from_linear(layer, bits, group_size, search))
     model.config.quantization_bit, model.config.quantization_group_size = bits, group_size
 
@@ -306,11 +287,8 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
 
 def refuse_other_format(path, held, asked) -> None:
     """Weights are as the configuration beside them says, `held`, whatever from_pretrained is asked for."""
-
-    def text(config) -> str:
-        sizes = f"quantization_bit={config.quantization_bit}, quantization_group_size={config.quantization_group_size}"
-        return f"{sizes}, quantize_head={config.head_bits}"
-
-    if text(held) != text(asked):
+    names = ("quantization_bit", "quantization_group_size", "head_bits")
+    formats = [{name: getattr(config, name) for name in names} for config in (held, asked)]
+    if formats[0] != formats[1]:
         cure = "load it as it is" if held.quantization_bit else "load it without these and call model.quantize(...)"
-        raise ValueError(f"{path} holds weights with {text(held)}, and was to be loaded with {text(asked)}: {cure}")
+        raise ValueError(f"{path} holds weights with {formats[0]}, and was to be loaded with {formats[1]}: {cure}")

@@ -11,7 +11,6 @@ Unusual here, all of it fixed by the released checkpoints:
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import re
 import weakref
@@ -24,17 +23,15 @@ from typing import Any
 from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
 from transformers.utils import to_py_obj
 
-from .configuration_chatglm import IMAGE_TOKENS
+from .configuration_chatglm import IMAGE_TOKENS, warn_once
 from .sentencepiece_file import BLANKS, NEWLINE, TAB, VOCAB_FILE, read_complete
-
-logger = logging.getLogger(__name__)
 
 WHITESPACE = {NEWLINE: "\n", TAB: "\t", **{piece: run for run, piece in BLANKS.items()}}
 BLANK_RUN = re.compile(" {2,80}")
 IMAGE_TOKEN = re.compile("<image_(0|[1-9][0-9]{0,8})>")
 
-Ids = list[int]
-OWN_NAMES = ("gmask_token", "end_token", "eop_token")  # in settings files of ChatGLM; the last in the first release's
+SPECIAL_TOKENS = {"bos": "<sop>", "eos": "<eop>", "unk": "<unk>", "pad": "<pad>", "mask": "[MASK]"}
+CLEANED_UP = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")  # lose their blanks
 AS_TEXT = dict.fromkeys(("tokenize", "return_dict", "return_assistant_tokens_mask", "continue_final_message"), False)
 # Asked here and not in compat.py, which needs torch, as tokenizers do not.
 IS_TRANSFORMERS_5 = not hasattr(PreTrainedTokenizer, "_batch_encode_plus")
@@ -44,30 +41,6 @@ def spell_whitespace(text: str) -> str:
     """Newlines, tabs and runs of 2 to 80 blanks as the pieces that stand for them; a single blank stays."""
     text = text.replace("\n", NEWLINE).replace("\t", TAB)
     return BLANK_RUN.sub(lambda run: BLANKS[run[0]], text)
-
-
-def _settings(of_file: dict[str, Any]) -> dict[str, Any]:
-    """Without ChatGLM's own tokens, which 5.x, where a dict gathers them, would parse in text and hide in answers; and
-    the user's special tokens by the name that all versions know, where 5.x wrote a list that 4.x takes for a dict."""
-    settings = {name: value for name, value in of_file.items() if name not in OWN_NAMES}
-    for group, value in settings.items():
-        if isinstance(value, dict):
-            settings[group] = {name: token for name, token in value.items() if name not in OWN_NAMES}
-    if isinstance(settings.get("extra_special_tokens"), (list, tuple)):
-        settings["additional_special_tokens"] = list(settings.pop("extra_special_tokens"))
-    return settings
-
-
-def _laid_out(first: Ids, second: Ids | None, gmask: int, sop: int, eop: int) -> Ids:
-    """The one layout of a text and of a pair, for ids and for what is said of each of them."""
-    return [*first, gmask, sop] if second is None else [*first, gmask, sop, *second, eop]
-
-
-def _clean_up(text: str) -> str:
-    """transformers' removal of blanks before punctuation, which 5.0 no longer has for tokenizers in Python."""
-    for mark in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
-        text = text.replace(mark, mark.strip())
-    return text
 
 
 # ---- conversations as text ----------------------------------------------------------------------------------
@@ -146,15 +119,15 @@ def _chat_parts(messages: list, add_generation_prompt=False, continue_final_mess
 class ChatGLMTokenizer(PreTrainedTokenizer):
     """The tokenizer of ChatGLM-6B, with the ids of the official code on transformers 4.23 to 5.24.
 
-    `tokenizer(text)` is the official encoding: text, then `[gMASK] <sop>`; `<sop>`, `<eop>`, `<unk>`, `<pad>` and
-    `[MASK]` inside the text are parsed as control tokens, and white space beside them is dropped. Text that a user
-    typed belongs in `build_chat_input_ids`, `apply_chat_template` or `encode_text`, which never parse any.
+    `tokenizer(text)` is the official encoding: text, then `[gMASK] <sop>`; SPECIAL_TOKENS inside the text are parsed,
+    and white space beside them is dropped. Text that a user typed belongs in `build_chat_input_ids`,
+    `apply_chat_template` or `encode_text`, which never parse any.
 
     Args:
         vocab_file: `ice_text.model`, the final one or that of the first release (completed in memory).
         num_image_tokens: rows before the first text piece: 0 (slim), 20000 (full), or None for what the file is from.
         clean_up_tokenization_spaces: whether `decode` removes blanks before punctuation, which damages code.
-        pad_token, unk_token, mask_token: None for a tokenizer that has none.
+        kwargs: others than SPECIAL_TOKENS, or None for no pad, unk or mask token; and those of transformers.
 
     Raises:
         ValueError: no such file, or not an `ice_text.model`; a number of image tokens that no vocabulary has.
@@ -170,19 +143,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         vocab_file: str | None = None,
         do_lower_case: bool = False,
         remove_space: bool = False,
-        bos_token: str = "<sop>",
-        eos_token: str = "<eop>",
         end_token: str = "</s>",
-        mask_token: str | None = "[MASK]",
         gmask_token: str = "[gMASK]",
-        pad_token: str | None = "<pad>",
-        unk_token: str | None = "<unk>",
         num_image_tokens: int | None = None,
         clean_up_tokenization_spaces: bool = False,
         **kwargs: Any,
     ) -> None:
-        if bos_token is None or eos_token is None:
-            raise ValueError(f"bos_token is {bos_token}, eos_token {eos_token}: every prompt needs <sop> and <eop>.")
         self.sp, complete = read_complete(vocab_file or Path(kwargs.get("name_or_path") or "", VOCAB_FILE))
         self.vocab_file = vocab_file
         offset = (0 if complete else IMAGE_TOKENS) if num_image_tokens is None else num_image_tokens
@@ -192,13 +158,18 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         own["clean_up_tokenization_spaces"] = clean_up_tokenization_spaces
         vars(self).update(own)  # transformers >= 4.34 asks for the vocabulary while its own __init__ runs
         self.split_special_tokens = bool(kwargs.get("split_special_tokens", False))  # below 4.34, nobody else does
-        # tokenizer_config.json of the first release says </s>, but the model has always ended answers with <eop>
-        eos_token = "<eop>" if str(eos_token) == str(end_token) else eos_token
-        tokens = {"bos": bos_token, "eos": eos_token, "unk": unk_token, "pad": pad_token, "mask": mask_token}
+        tokens = {f"{name}_token": kwargs.pop(f"{name}_token", token) for name, token in SPECIAL_TOKENS.items()}
+        if str(tokens["eos_token"]) == str(end_token):  # so the first release's settings; its answers end with <eop>
+            tokens["eos_token"] = SPECIAL_TOKENS["eos"]
         # a special token swallows the white space beside it, as all of them did before transformers 4.34
         form = {"lstrip": True, "rstrip": True, "normalized": False}
-        special = {f"{name}_token": token and AddedToken(str(token), **form) for name, token in tokens.items()}
-        super().__init__(**special, **own, **_settings(kwargs))
+        special = {name: token and AddedToken(str(token), **form) for name, token in tokens.items()}
+        # 5.x gathers gmask_token and such of a settings file in a dict, to parse them in text and hide them in answers
+        kwargs.pop("model_specific_special_tokens", None)
+        extra = kwargs.pop("extra_special_tokens", None)  # in 5.0 that dict; or the user's, for 4.x by their old name
+        if isinstance(extra, (list, tuple)):
+            kwargs["additional_special_tokens"] = list(extra)
+        super().__init__(**special, **own, **kwargs)
         self.gmask_token, self.end_token = str(gmask_token), str(end_token)  # no special tokens to transformers
         self.gmask_token_id, self.end_token_id = map(self._convert_token_to_id, (self.gmask_token, self.end_token))
         # up to 4.33 only from_pretrained made them one token in text, and from 5.0 on they lose their flags
@@ -210,9 +181,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         try:
             return super().from_pretrained(*args, **kwargs)
         except ImportError as error:
-            if isinstance(error.__context__, ValueError):
-                raise error.__context__ from None
-            raise
+            raise (error.__context__ if isinstance(error.__context__, ValueError) else error) from None
 
     # ---- vocabulary ------------------------------------------------------------------------------------------
     @property
@@ -243,12 +212,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     @property
     def sp_tokenizer(self) -> OfficialParts:
-        """The official code's name for what does the work, for programs that reach into it."""
-        pieces = SimpleNamespace(sp=self.sp, num_tokens=self.sp.get_piece_size())
-        sizes = {"num_image_tokens": self.num_image_tokens, "num_text_tokens": pieces.num_tokens}
-        sizes["num_tokens"] = self.vocab_size
-        calls = {"encode": self.encode_text, "decode": self.decode}
-        return OfficialParts(tokenizer=self, text_tokenizer=pieces, vocab_file=self.vocab_file, **sizes, **calls)
+        """What converters and stream decoders written for the official code reach into."""
+        pieces = SimpleNamespace(sp=self.sp)
+        return OfficialParts(tokenizer=self, text_tokenizer=pieces, vocab_file=self.vocab_file)
 
     # ---- text to ids -----------------------------------------------------------------------------------------
     def _spell(self, text: str) -> str:
@@ -274,31 +240,29 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         pieces = self.sp.encode(self._spell(_text(text, "The text to encode")))
         return [piece + self.num_image_tokens for piece in pieces]
 
-    def build_inputs_with_special_tokens(self, token_ids_0: Ids, token_ids_1: Ids | None = None) -> Ids:
+    def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None) -> list[int]:
         """The official layout: `text [gMASK] <sop>`, and for a pair `text [gMASK] <sop> second <eop>`."""
-        return _laid_out(token_ids_0, token_ids_1, self.gmask_token_id, self.bos_token_id, self.eos_token_id)
+        prompt = [*token_ids_0, self.gmask_token_id, self.bos_token_id]
+        return prompt if token_ids_1 is None else [*prompt, *token_ids_1, self.eos_token_id]
 
-    def create_token_type_ids_from_sequences(self, token_ids_0: Ids, token_ids_1: Ids | None = None) -> Ids:
+    def create_token_type_ids_from_sequences(self, token_ids_0, token_ids_1=None) -> list[int]:
         """0 for a prompt, 1 for what follows its `<sop>`; overridden because before 5.0 they come out too short."""
-        return _laid_out([0] * len(token_ids_0), token_ids_1 and [1] * len(token_ids_1), 0, 0, 1)
+        return [0] * (len(token_ids_0) + 2) + ([] if token_ids_1 is None else [1] * (len(token_ids_1) + 1))
 
-    def get_special_tokens_mask(
-        self, token_ids_0: Ids, token_ids_1: Ids | None = None, already_has_special_tokens: bool = False
-    ) -> Ids:
+    def get_special_tokens_mask(self, token_ids_0, token_ids_1=None, already_has_special_tokens=False) -> list[int]:
         """1 where a token is added; overridden because transformers (4.23 to 5.24) knows no layout, and says 0."""
         if already_has_special_tokens:
             return super().get_special_tokens_mask(token_ids_0, token_ids_1, already_has_special_tokens=True)
-        return _laid_out([0] * len(token_ids_0), token_ids_1 and [0] * len(token_ids_1), 1, 1, 1)
+        second = [] if token_ids_1 is None else [*[0] * len(token_ids_1), 1]
+        return [*[0] * len(token_ids_0), 1, 1, *second]
 
-    def truncate_sequences(
-        self, ids: Ids, pair_ids: Ids | None = None, num_tokens_to_remove: int = 0, **options: Any
-    ) -> tuple[Ids, Ids | None, Ids]:
+    def truncate_sequences(self, ids, pair_ids=None, num_tokens_to_remove=0, **options):
         """Overridden because 5.x empties a part that is too short to be cut: it stays whole here, as up to 4.57."""
         strategy = options.get("truncation_strategy", "longest_first")
         part = (pair_ids or []) if strategy == "only_second" else ids
         is_one = pair_ids is None or strategy != "longest_first"
         if is_one and num_tokens_to_remove >= max(len(part), 1):
-            logger.warning(f"{num_tokens_to_remove} of {len(part)} tokens are to be cut, none is: raise max_length.")
+            warn_once(f"{num_tokens_to_remove} of {len(part)} tokens are to be cut, none is: raise max_length.")
             num_tokens_to_remove = 0
         return super().truncate_sequences(ids, pair_ids, num_tokens_to_remove, **options)
 
@@ -386,61 +350,41 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             theirs = super().apply_chat_template(messages, chat_template=template, **{**options, **AS_TEXT})
         return ours == theirs
 
-    def _encode_chats(
-        self,
-        conversations: list[list[Any]],
-        is_batch: bool,
-        add_generation_prompt: bool = False,
-        continue_final_message: bool = False,
-        tokenize: bool = True,
-        padding: bool | str = False,
-        truncation: bool | str = False,
-        max_length: int | None = None,
-        return_tensors: str | None = None,
-        return_dict: bool | None = None,
-        return_assistant_tokens_mask: bool = False,
-        tokenizer_kwargs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> Any:
+    def _encode_chats(self, conversations: list, is_batch: bool, truncation=False, max_length=None, **options) -> Any:
         """`apply_chat_template` without a template: the rounds of `build_prompt`."""
-        parts = [_chat_parts(one, add_generation_prompt, continue_final_message) for one in conversations]
-        if not tokenize:
+        prompted, continued = (bool(options.get(name)) for name in ("add_generation_prompt", "continue_final_message"))
+        parts = [_chat_parts(one, prompted, continued) for one in conversations]
+        if not options.get("tokenize", True):
             return ["".join(one) for one in parts] if is_batch else "".join(parts[0])
-        options = {"truncation": truncation, "max_length": max_length if truncation else None}
         rows = []
         for one in parts:
-            row = self(*one, split_special_tokens=True, return_token_type_ids=True, **options)
-            unwanted = continue_final_message if len(one) == 2 else 0 if add_generation_prompt else 2  # at the end
+            cut = {"truncation": truncation, "max_length": max_length if truncation else None}
+            row = self(*one, split_special_tokens=True, return_token_type_ids=True, **cut)
+            unwanted = continued if len(one) == 2 else 0 if prompted else 2  # at the end
             rows.append({name: values[: len(values) - unwanted] for name, values in row.items()})
-        pads = {"padding": padding, "max_length": max_length, **(tokenizer_kwargs or {})}
-        encoded = self.pad(rows, return_tensors=return_tensors, **pads)
+        pads = {"padding": options.get("padding", False), "max_length": max_length}
+        tensors = options.get("return_tensors")
+        encoded = self.pad(rows, return_tensors=tensors, **pads, **(options.get("tokenizer_kwargs") or {}))
         answers = encoded.pop("token_type_ids")
-        if return_assistant_tokens_mask:
+        if options.get("return_assistant_tokens_mask"):
             encoded["assistant_masks"] = answers
-        if not is_batch and return_tensors is None:
+        if not is_batch and tensors is None:
             encoded = BatchEncoding({name: values[0] for name, values in encoded.items()})
-        return encoded if (IS_TRANSFORMERS_5 if return_dict is None else return_dict) else encoded["input_ids"]
+        as_dict = options.get("return_dict")
+        return encoded if (IS_TRANSFORMERS_5 if as_dict is None else as_dict) else encoded["input_ids"]
 
     # ---- ids to text -----------------------------------------------------------------------------------------
-    def decode(
-        self,
-        token_ids: Any,
-        skip_special_tokens: bool = False,
-        clean_up_tokenization_spaces: bool | None = None,
-        spaces_between_special_tokens: bool = True,
-        **_: Any,
-    ) -> Any:
+    def decode(self, token_ids: Any, skip_special_tokens=False, clean_up_tokenization_spaces=None, **options) -> Any:
         """Text of ids (an int, a list, an array or a tensor); of a batch, a list of texts.
 
         Control tokens and ids without a piece print nothing, `<unk>` prints " ⁇ "; padding is left out first, so that
         it can stand between the bytes of a character. Overridden (4.23 to 5.24) because up to 4.27 the clean-up is on
         unless the caller says otherwise, and 5.0 has none.
         """
-        options = (skip_special_tokens, clean_up_tokenization_spaces, spaces_between_special_tokens)
         ids = to_py_obj(token_ids)
         ids = [ids] if isinstance(ids, int) else ids
         if ids and isinstance(ids[0], (list, tuple)):
-            return self.batch_decode(ids, *options)
+            return self.batch_decode(ids, skip_special_tokens, clean_up_tokenization_spaces, **options)
         hidden = {self.pad_token_id, *(self.all_special_ids if skip_special_tokens else ())}
         added = {index: token for token, index in self.get_added_vocab().items() if index >= self.vocab_size}
         tokens = (added.get(index) or self._convert_id_to_token(index) for index in ids if index not in hidden)
@@ -448,10 +392,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         for is_added, run in groupby(filter(None, tokens), set(added.values()).__contains__):
             run = list(run)
             texts += run if is_added else [self.convert_tokens_to_string(run)]
-        text = (" " if spaces_between_special_tokens else "").join(texts)
+        text = (" " if options.get("spaces_between_special_tokens", True) else "").join(texts)
         if clean_up_tokenization_spaces is None:
             clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
-        return _clean_up(text) if clean_up_tokenization_spaces else text
+        for mark in CLEANED_UP if clean_up_tokenization_spaces else ():
+            text = text.replace(mark, mark.strip())
+        return text
 
     def batch_decode(self, sequences: Any, *args: Any, **options: Any) -> list[str]:
         """A text for each row of ids; overridden because up to 4.27 it asks `decode` for the clean-up."""
@@ -489,14 +435,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
         """Write the complete `ice_text.model` into a folder, or to a file: what is no folder yet is a file."""
         path = Path(save_directory, VOCAB_FILE) if os.path.isdir(save_directory) else Path(save_directory)
-        path = path.with_name(f"{filename_prefix}-{path.name}") if filename_prefix else path
         path.write_bytes(self.sp.serialized_model_proto())
         return (str(path),)
 
 
 class OfficialParts(SimpleNamespace):
-    """What converters and stream decoders written for the official code read of `tokenizer.sp_tokenizer`: besides its
-    attributes, `[token]` is an id and `[id]` a token, image tokens counted."""
+    """`[token]` is an id and `[id]` a token, image tokens counted."""
 
     def __getitem__(self, item: str | int) -> int | str:
         of = self.tokenizer
