@@ -5,6 +5,7 @@
     python benchmarks/server_load.py --soak 120 --clients 200           # random cancels; answers, memory and threads
     python benchmarks/server_load.py --kind transformers                # `transformers serve` in its place
     python benchmarks/server_load.py --url http://127.0.0.1:8000        # any that runs already
+    python benchmarks/server_load.py --batch-alone --clients 1 8        # no server: steps of so many rows, prompts
 
 Each client asks one question after the other, all of them different, greedily and as a stream. A model of random
 weights needs a vocabulary with a piece for (nearly) each of its rows, or its tokens have no text: `--vocabulary FILE`
@@ -215,6 +216,39 @@ async def soak(server: Server, clients: int, seconds: float, tokens: int) -> dic
     return {**counts, **after, "threads": threads, "MiB, every 5 s": memory}
 
 
+def batch_alone(model: str, rows: list[int], words: int, steps: int) -> Iterator[dict]:
+    """Without server and clients, in milliseconds: the prompts of so many rows, computed one after the other and up to
+    so many tokens together, and a step of them."""
+    sys.path.insert(0, str(ROOT))
+    from serving.batching import Batch, Generation
+    from serving.loading import load
+    from serving.sampling import Sampling
+    from serving.warming import warm_up
+
+    def batch_of(prompts: list[list[int]], answer: int) -> Batch:
+        batch = Batch(network, len(prompts), kept_bytes=0)
+        batch.end_ids = set()
+        batch.add(Generation(ids, lambda _: None, answer, Sampling(temperature=0)) for ids in prompts)
+        return batch
+
+    tokenizer, network = load(model)
+    warm_up(network, max(rows), tokenizer.build_chat_input_ids("你好"))
+    for count in rows:
+        prompts = [tokenizer.build_chat_input_ids(text) for text in questions(count, words)]
+        found = {"rows": count, "tokens of prompts": sum(map(len, prompts))}
+        for together in (1, 64, 128, 256):
+            batch, started = batch_of(prompts, answer=1), time.perf_counter()
+            batch.together = together
+            while batch.step():
+                pass
+            found[f"prompts, {together} together"] = round(1000 * (time.perf_counter() - started), 1)
+        batch, times = batch_of(prompts, answer=steps + 2 * count), []
+        while len(times) < steps:
+            batch.step()
+            times += [batch.step_seconds] * (len(batch.running) == count and not batch.waiting)
+        yield {**found, "step": round(1000 * statistics.median(times), 1)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", default=str(ROOT / "tiny"))
@@ -227,10 +261,15 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=8, help="words of a question")
     parser.add_argument("--tokens", type=int, default=32, help="of an answer, at most")
     parser.add_argument("--soak", type=float, help="seconds")
+    parser.add_argument("--batch-alone", action="store_true", help="no server: --tokens steps of --clients rows")
     options = parser.parse_args()
     if options.vocabulary:
         shutil.copyfile(options.vocabulary, Path(options.model, "ice_text.model"))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if options.batch_alone:
+        for found in batch_alone(options.model, options.clients, options.prompt, options.tokens):
+            print(json.dumps(found), flush=True)
+        return
     running = (
         contextlib.nullcontext(Server(int(options.url.rpartition(":")[2].strip("/")), options.model, None))
         if options.url

@@ -3,7 +3,8 @@
 A `Batch` does the work, one `step()` at a time, on the model's `forward` alone, so whatever computes that (the CPU
 engine, CUDA, PyTorch) serves it. Each answer has the ids that it has when it runs alone:
 
-* a prompt is computed alone, and its keys then join the batch (slots.py);
+* prompts that wait are computed together, each of which reads itself alone (prompts.py), and their keys then join the
+  batch (slots.py);
 * each row has its own positions, its own random generator, its own grammar.
 
 The context of a GLM is read in both directions, so a prompt cannot be cut by tokens, and no part of an earlier one can
@@ -15,16 +16,22 @@ scheduler.py puts it into a thread; here nothing is locked, and `cancelled` may 
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Union
 
 import torch
 from torch import Tensor
 
+from .prompts import Prompts, PromptStates
 from .sampling import Grammar, Sampling, Token, choose
-from .slots import PromptStates, Slots
+from .slots import Slots
+
+# Tokens of prompts that are computed together, by type of device: a longer one is computed alone. On a CPU a product
+# gains nothing from more rows (docs/speed.md), and who runs already waits for no more than one layer of them.
+TOGETHER, TOGETHER_ELSEWHERE = {"cpu": 128}, 512
 
 
 class End(NamedTuple):
@@ -133,11 +140,13 @@ class Batch:
         end = model.config.eos_token_id
         self.end_ids = set(end) if isinstance(end, (list, tuple)) else {end}
         self.slots, self.places = slots, places
+        together = TOGETHER.get(model.device.type, TOGETHER_ELSEWHERE)
+        self.together = min(together, model.config.max_sequence_length)
         self.kept = KeptPrompts(kept_bytes)
         self.cache = Slots(model.config.pre_seq_len or 0)
         self.running: list[Generation] = []
         self.waiting: deque[Work] = deque()
-        self.computing: Work | None = None
+        self.computing: dict[tuple[int, ...], list[Work]] = {}  # prompts, and the works that ask for each
         self.steps = self.prompts_computed = self.prompts_reused = 0
         self.step_seconds, self.step_ended = 0.0, 0.0
         self.answer_seconds = 1.0  # of late, from the place in the batch to the end
@@ -147,19 +156,24 @@ class Batch:
     def works(self) -> Iterator[Work]:
         yield from self.running
         yield from self.waiting
-        if self.computing is not None:
-            yield self.computing
+        yield from itertools.chain(*self.computing.values())
 
     def add(self, works: Iterable[Work]) -> None:
         self.waiting.extend(works)
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """Lets works join, at most one whose prompt has to be computed, and gives each row a token. Returns whether
-        there is more to do."""
+        """Lets works join, of those whose prompts have to be computed as many as that is done for together, and gives
+        each row a token. Returns whether there is more to do."""
         while (work := self._next_work()) is not None:
-            if self._begin(work):
-                break
+            known = self._known(work)
+            if known is None:
+                self.computing.setdefault(tuple(work.ids), []).append(work)
+            else:
+                self.prompts_reused += 1
+                self._join(work, known)
+        self._compute(list(self.computing))
+        self.computing.clear()
         self._decode()
         return bool(self.running or self.waiting)
 
@@ -167,76 +181,100 @@ class Batch:
         for work in list(self.works):
             work.end("error", error)
         self.waiting.clear()
+        self.computing.clear()
         self.running.clear()
         self.cache.clear()
 
     # ---- joining --------------------------------------------------------------------------------------------------
 
     def _next_work(self) -> Work | None:
-        """The first in turn, where there is room for it."""
+        """The first in turn, where there is room for it and its prompt goes with those that are to be computed."""
         self._sweep()
         while self.waiting and self.waiting[0].cancelled:
             self.waiting.popleft().end("cancelled")
-        return self.waiting.popleft() if self.waiting and self._fits(self.waiting[0]) else None
+        is_next = self.waiting and self._fits(self.waiting[0]) and self._goes_along(self.waiting[0])
+        return self.waiting.popleft() if is_next else None
 
     def _fits(self, work: Work) -> bool:
-        if isinstance(work, Embedding) or not self.running:
+        others = [*self.running, *itertools.chain(*self.computing.values())]
+        if isinstance(work, Embedding) or not others:
             return True
-        longest = max(work.tokens, *(other.tokens for other in self.running))
-        rows = len(self.running) + 1
+        rows, longest = len(others) + 1, max(work.tokens, *(other.tokens for other in others))
         return rows <= self.slots and rows * longest <= self.places
 
-    def _begin(self, work: Work) -> bool:
-        """Whether a prompt was computed for it."""
-        self.computing = work
-        try:
-            if isinstance(work, Embedding):
-                work.tell(self._embed(work))
-                work.end("stop")
-                return True
-            known = work.prompt or self.kept.get(work.ids)
-            self.prompts_reused += known is not None
-            self._join(work, known or self._compute(work))
-            return known is None
-        except Gone:
-            work.end("cancelled")
-        except Exception as error:  # whatever the model raises concerns this one work
-            work.end("error", error)
-        finally:
-            self.computing = None
-        return True
+    def _goes_along(self, work: Work) -> bool:
+        """Prompts are computed together up to so many tokens, for works of one kind, in the order in which they came:
+        so nobody waits for a longer prompt than those before his own."""
+        if not self.computing or self._known(work) is not None:
+            return True
+        prompts = {*self.computing, tuple(work.ids)}
+        first = next(iter(self.computing.values()))[0]
+        return type(work) is type(first) and sum(map(len, prompts)) <= self.together
+
+    def _known(self, work: Work) -> Prompt | None:
+        return (work.prompt or self.kept.get(work.ids)) if isinstance(work, Generation) else None
 
     def _join(self, work: Generation, prompt: Prompt) -> None:
-        if not prompt.scores.amax().isfinite():
-            raise NotFinite
         work.prompt, work.joined = None, time.perf_counter()
-        work.generator = work.sampling.generator(prompt.scores.device)
-        self._take(work, prompt.scores)
-        if not work.ended:
-            self.cache.join(prompt.states)
-            self.running.append(work)
+        try:
+            work.generator = work.sampling.generator(prompt.scores.device)
+            self._take(work, prompt.scores)
+            if not work.ended:
+                self.cache.join(prompt.states)
+                self.running.append(work)
+        except Exception as error:  # whatever is raised concerns this one work
+            work.end("error", error)
 
-    def _compute(self, work: Generation) -> Prompt:
-        siblings = [one for one in self.waiting if isinstance(one, Generation) and one.ids == work.ids]
-        states = PromptStates(lambda: self._between_layers([work, *siblings]))
-        ids = torch.tensor([work.ids], device=self.model.device)
-        scores = self.model(input_ids=ids, past_key_values=states, logits_to_keep=1).logits[0, -1].float()
-        prompt = Prompt(states, scores)
-        self.prompts_computed += 1
-        for one in siblings:
-            one.prompt = prompt
-        if scores.amax().isfinite():
-            self.kept.keep(work.ids, prompt)
-        return prompt
+    def _compute(self, prompts: Sequence[tuple[int, ...]]) -> None:
+        """Tells the works of some of the prompts in `computing` what comes of them."""
+        works = [work for ids in prompts for work in self.computing[ids]]
+        compute = self._means if works and isinstance(works[0], Embedding) else self._prefill
+        try:
+            results = compute(Prompts(prompts, self.model, lambda: self._between_layers(works))) if works else []
+        except Gone:
+            for work in works:
+                work.end("cancelled")
+        except Exception as error:
+            if len(prompts) > 1 and self.stopped_by is None:  # nobody knows whose error that is
+                for ids in prompts:
+                    self._compute([ids])
+                return
+            for work in works:
+                work.end("error", error)
+        else:
+            for ids, result in zip(prompts, results):
+                self._deliver(self.computing[ids], result)
 
-    def _embed(self, work: Embedding) -> Tensor:
-        states = PromptStates(lambda: self._between_layers([work]))
-        ids = torch.tensor([work.ids], device=self.model.device)
-        hidden = self.model.base_model(input_ids=ids, past_key_values=states).last_hidden_state[0, :-2]
-        mean = hidden.float().mean(dim=0)
-        if not mean.isfinite().all():
+    def _deliver(self, works: Sequence[Work], result: Prompt | Tensor) -> None:
+        for work in works:
+            if work.cancelled:
+                work.end("cancelled")
+            elif isinstance(result, Prompt):
+                self._join(work, result)
+            else:
+                work.tell(result)
+                work.end("stop")
+
+    def _prefill(self, prompts: Prompts) -> list[Prompt]:
+        scores = self.model(**prompts.inputs, logits_to_keep=prompts.last).logits[0].float()
+        if not scores.amax(dim=-1).isfinite().all():
             raise NotFinite
-        return mean.cpu()
+        made = {ids: Prompt(*of) for ids, *of in zip(prompts.prompts, prompts.states, map(torch.clone, scores))}
+        self.prompts_computed += len(made)
+        self.prompts_reused += sum(len(self.computing[ids]) - 1 for ids in made)
+        for ids, prompt in made.items():
+            self.kept.keep(ids, prompt)
+        for work in self.waiting:  # for which there was no room
+            if isinstance(work, Generation):
+                work.prompt = work.prompt or made.get(tuple(work.ids))
+        return list(made.values())
+
+    def _means(self, prompts: Prompts) -> list[Tensor]:
+        hidden = self.model.base_model(**prompts.inputs).last_hidden_state[0]
+        means = [hidden[start : end - 2].float().mean(dim=0).cpu() for start, end in prompts.places]
+        if not all(mean.isfinite().all() for mean in means):
+            raise NotFinite
+        return means
 
     def _between_layers(self, works: list[Work]) -> None:
         """A token for the running rows, unless the last one took longer than what the prompt has had since."""

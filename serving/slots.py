@@ -4,53 +4,21 @@ Row b of `Slots` lies at 0 ... length_b - 1 whatever the others have (left-align
 is behind. So joining copies the keys of one prompt, leaving copies the last row into the hole, nobody else moves, and
 a row's keys lie where they would lie if it ran alone.
 
-Both classes have what the model's `forward` asks of a cache: `get_seq_length` and `update`.
+`Slots` has what the model's `forward` asks of a cache: `get_seq_length` and `update`.
 
-Shapes: N running rows, H heads, S tokens of a prompt, D head size, K keys of the longest row.
+Shapes: N running rows, H heads, D head size, K keys of the longest row.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from .prompts import PromptStates
+
 CHUNK = 256  # tokens of room that the rows grow by
-
-
-class PromptStates:
-    """Keys and values of one prompt while it is computed, kept for the rows that answer it.
-
-    `between` is called once a layer, before its attention: others may take a step there, and what it raises ends the
-    computation.
-    """
-
-    def __init__(self, between: Callable[[], None] = lambda: None):
-        self.between = between
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return (self.layers[index] for index in sorted(self.layers))
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.layers[layer_idx][0].shape[2] if layer_idx in self.layers else 0
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_, **__) -> tuple[Tensor, Tensor]:
-        """[1, H, S, D] each; a P-tuning prefix comes first, in a call of its own."""
-        self.between()
-        before = self.layers.get(layer_idx)
-        if before is None:  # a copy: the new ones may be views of a product that would be kept alive, or used again
-            states = tuple(new.clone(memory_format=torch.contiguous_format) for new in (key, value))
-        else:
-            states = tuple(torch.cat((old, new), dim=2) for old, new in zip(before, (key, value)))
-        self.layers[layer_idx] = states
-        return states
-
-    @property
-    def bytes(self) -> int:
-        return sum(state.nbytes for layer in self for state in layer)
 
 
 class Slots:
@@ -69,7 +37,7 @@ class Slots:
 
     def join(self, states: PromptStates) -> None:
         """Appends a row that holds the keys of a prompt."""
-        layers, length, row = list(states), states.get_seq_length(), len(self.lengths)
+        layers, length, row = list(states), states.length, len(self.lengths)
         self.layers = self.layers or [[key[:0, :, :0], value[:0, :, :0]] for key, value in layers]
         self._reserve(row + 1, max([length, *self.lengths]) + 1)
         for ours, new in zip(self.layers, layers):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .batching import Batch, Generation, Gone
+from .prompts import Prompts
 from .sampling import Sampling
-from .slots import PromptStates
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16)  # answers at once; what is between shares the kernels of the next
 PROMPTS = (24, 32, 64, 128, 512)  # tokens, which an engine may multiply each in a way of their own
@@ -59,4 +59,4 @@ def first_product(model, ids: list[int]) -> None:
         raise Gone
 
     with contextlib.suppress(Gone):
-        model(input_ids=torch.tensor([ids], device=model.device), past_key_values=PromptStates(stop))
+        model(**Prompts([ids], model, stop).inputs)

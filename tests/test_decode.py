@@ -14,7 +14,8 @@ from chatglm_slim import compat, kernel_routes, modeling_chatglm
 from chatglm_slim.modeling_chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from rounding import ROUNDINGS_OF_THE_HEAD, assert_as_near, exact, roundings
 
-from serving.slots import PromptStates, Slots
+from serving.prompts import Prompts
+from serving.slots import Slots
 
 pytestmark = pytest.mark.skipif(
     not instruction_set() or runtime.nap_function() is None,
@@ -157,9 +158,9 @@ def test_rows_with_ends_of_their_own(served):
     model, prompts = make_model(torch.float32, {"bits": 8}), [IDS[:, :8], IDS[:, 2:8], IDS[:, 1:8]]
     slots, alone, truth = Slots(), [], exact(make_model(torch.float32, {"bits": 8}), IDS).logits
     for prompt in prompts:
-        states = PromptStates()
-        model(prompt, past_key_values=states, use_cache=True)
-        slots.join(states)
+        computed = Prompts(prompt.tolist(), model)
+        model(**computed.inputs, use_cache=True)
+        slots.join(computed.states[0])
         alone.append(steps(model, torch.cat((prompt, IDS[:, 8:]), 1), prompt.shape[1])[0][0, 1:])
     for layer in slots.layers:
         for buffer in layer:

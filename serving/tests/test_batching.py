@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from serving.batching import Batch, Embedding, End, Generation
+from serving.prompts import Prompts
 from serving.sampling import Sampling, Token
 from serving.scheduler import QueueFull, Scheduler, ShuttingDown
 
@@ -175,6 +176,162 @@ def golden_like_tiny(tiny):
         return type(model)(config).eval()
 
     return make
+
+
+# ---- prompts together -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prompts_of(monkeypatch):
+    """Tokens of each row of prompts that the model is given."""
+
+    def watch(model):
+        tokens, forward = [], type(model.base_model).forward
+
+        def record(self, input_ids, *arguments, **named):
+            if input_ids.shape[1] > 1:
+                assert len(input_ids) == 1
+                tokens.append(input_ids.shape[1])
+            return forward(self, input_ids, *arguments, **named)
+
+        monkeypatch.setattr(type(model.base_model), "forward", record)
+        return tokens
+
+    return watch
+
+
+@pytest.mark.parametrize("weights", ["float32", "int8", "int4"])
+def test_ids_are_those_of_chat_alone_when_all_ask_at_once(tiny, expected, prompts_of, weights):
+    tokenizer, _ = tiny
+    model, jobs, ids = expected(weights)
+    batch, tokens = Batch(model), prompts_of(model)
+    batch.together = 600
+    works = [generation(tokenizer, **job) for job in jobs]
+    batch.add(works)
+    run(batch)
+    assert [work.ids + work.answer for work in works] == ids
+    lengths = [len(ids) for ids in {tuple(work.ids) for work in works}]
+    assert len(tokens) < len(lengths) == batch.prompts_computed
+    assert sum(tokens) == sum(lengths) and max(tokens) <= max(600, *lengths)  # no padding
+
+
+@pytest.mark.parametrize("fields", [{"pre_seq_len": 5}, {"position_encoding_2d": False}], ids=str)
+def test_prompts_of_other_models_are_computed_together(golden_like_tiny, tiny, questions, prompts_of, fields):
+    tokenizer, _ = tiny
+    model, jobs = golden_like_tiny(**fields), jobs_of(questions, 6)
+    ids = [alone(model, tokenizer, job) for job in jobs]
+    batch, tokens = Batch(model), prompts_of(model)
+    batch.together = 10**6
+    works = [generation(tokenizer, **job) for job in jobs]
+    batch.add(works)
+    run(batch)
+    assert [work.ids + work.answer for work in works] == ids
+    assert tokens == [sum(len(work.ids) for work in works)]
+
+
+def test_a_prompt_reads_nothing_of_those_beside_it(tiny, questions):
+    tokenizer, model = tiny
+    first, second, third = (tokenizer.build_chat_input_ids(query) for query in questions[:3])
+    other = [first[0], *reversed(first[1:-2]), *first[-2:]]
+    assert other != first
+    made = []
+    for beside in (first, other):
+        prompts = Prompts([beside, second, third], model)
+        with torch.inference_mode():
+            scores = model(**prompts.inputs, logits_to_keep=prompts.last).logits[0]
+        made.append([scores[1:], *(state for states in prompts.states[1:] for layer in states for state in layer)])
+    for one, another in zip(*made):
+        torch.testing.assert_close(one, another)
+
+
+def test_a_long_prompt_is_computed_alone_and_short_ones_before_it_do_not_wait(tiny, questions, prompts_of):
+    tokenizer, model = tiny
+    batch, tokens = Batch(model), prompts_of(model)
+    works = [generation(tokenizer, query, max_tokens=50) for query in questions[:5]]
+    works[2].ids[1:1] = works[2].ids[1:2] * batch.together
+    batch.end_ids = set()
+    batch.add(works)
+    answers = []
+    while not all(work.answer for work in works):
+        batch.step()
+        answers.append([bool(work.answer) for work in works])
+    lengths = [len(work.ids) for work in works]
+    assert tokens == [sum(lengths[:2]), lengths[2], sum(lengths[3:])]
+    assert answers == [[True] * 2 + [False] * 3, [True] * 3 + [False] * 2, [True] * 5]
+
+
+def test_who_leaves_during_a_prompt_of_several_takes_nothing_from_the_others(tiny, questions):
+    tokenizer, model = tiny
+    jobs = jobs_of(questions, 5)
+    ids = [alone(model, tokenizer, job) for job in jobs]
+    batch = Batch(model)
+    batch.together = 10**6
+    works = [generation(tokenizer, **job) for job in jobs]
+
+    def leave(layer):
+        works[2].cancelled = works[2].cancelled or layer == 1
+
+    batch.add(works)
+    with Layers(model, leave):
+        batch.step()
+    assert works[2].tell.end.reason == "cancelled" and not works[2].answer
+    assert len(batch.running) == len(batch.cache.lengths) == 4
+    run(batch)
+    others = works[:2] + works[3:]
+    assert [work.ids + work.answer for work in others] == ids[:2] + ids[3:]
+
+
+def test_a_prompt_of_several_that_all_left_stops_at_its_next_layer(tiny, questions):
+    tokenizer, model = tiny
+    batch, seen = Batch(model), []
+    works = [generation(tokenizer, query) for query in questions[:3]]
+
+    def leave(layer):
+        seen.append(layer)
+        works[layer].cancelled = True
+
+    batch.add(works)
+    with Layers(model, leave):
+        batch.step()
+    assert seen == [0, 1, 2] and not batch.prompts_computed
+    assert {work.tell.end.reason for work in works} == {"cancelled"}
+
+
+def test_a_prompt_without_finite_scores_fails_alone(tiny, questions):
+    tokenizer, model = tiny
+    jobs = jobs_of(questions, 4)
+    ids = [alone(model, tokenizer, job) for job in jobs]
+    works = [generation(tokenizer, **job) for job in jobs]
+    marker = next(token for token in works[1].ids if not any(token in work.ids for work in works[:1] + works[2:]))
+
+    def poison(_, inputs, output):
+        return output.masked_fill((inputs[0] == marker)[..., None] & (inputs[0].shape[1] > 1), float("nan"))
+
+    handle, batch = model.get_input_embeddings().register_forward_hook(poison), Batch(model)
+    batch.together = 10**6
+    try:
+        batch.add(works)
+        run(batch)
+    finally:
+        handle.remove()
+    assert works[1].tell.end.reason == "error" and "not finite" in str(works[1].tell.end.error)
+    for work, expected in zip(works[:1] + works[2:], ids[:1] + ids[2:]):
+        assert work.ids + work.answer == expected
+
+
+def test_an_end_of_the_server_ends_a_prompt_of_several_at_its_next_layer(tiny, questions):
+    tokenizer, model = tiny
+    batch, seen = Batch(model), []
+    works = [generation(tokenizer, query) for query in questions[:3]]
+
+    def end(layer):
+        seen.append(layer)
+        batch.stopped_by = ShuttingDown()
+
+    batch.add(works)
+    with Layers(model, end):
+        batch.step()
+    assert seen == [0] and all(isinstance(work.tell.end.error, ShuttingDown) for work in works)
 
 
 # ---- joining and leaving --------------------------------------------------------------------------------------------

@@ -396,7 +396,7 @@ def test_a_prompt_whose_client_left_is_not_computed_to_its_end(long_answers):
     try:
         connection = raw(served, endless(stream=True))
         served.until(lambda: layers)
-        work = served.batch.computing
+        (work,) = served.batch.works
         connection.close()
         served.until(lambda: work.cancelled)
         gone.set()
