@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 
@@ -128,6 +129,7 @@ def tune(options: argparse.Namespace) -> dict:
     set_seed(options.seed)
     prefix = {"pre_seq_len": options.pre_seq_len, "prefix_projection": options.prefix_projection}
     base, tokenizer = load_base(options.model, options.bits, DTYPES[options.dtype])
+    base.to(first_device(options))
     columns = Columns(options.prompt_column, options.response_column, options.history_column)
     exchanges = read_exchanges(options.data, tokenizer, columns, skip_bad=options.skip_bad)
     sizes = Sizes(options.max_source, options.max_target)
@@ -157,6 +159,17 @@ def tune(options: argparse.Namespace) -> dict:
         report["after"] = scores(model, tokenizer, exchanges, examples, chat, options)
     finish(trainer, tokenizer, options, report)
     return report
+
+
+def first_device(options: argparse.Namespace) -> torch.device:
+    """Where the base model answers before the training, as the Trainer will choose for it; whole, which may be more
+    than a GPU holds where FSDP is to split it."""
+    here = (
+        None
+        if options.device == "cpu" or options.fsdp
+        else torch.accelerator.current_accelerator(check_available=True)
+    )
+    return torch.device(here.type, int(os.environ.get("LOCAL_RANK", 0))) if here else torch.device("cpu")
 
 
 def judge_output(options: argparse.Namespace) -> Path | None:

@@ -221,3 +221,21 @@ def test_checkpoints_of_p_tuning_hold_the_prefix_alone(data, tmp_path, monkeypat
     words = ["--method", "ptuning", "--steps", "2", "--save-every", "1", "--pre-seq-len", "4"]
     train.main(command(data, tmp_path / "out", *words))
     assert saved and not list((tmp_path / "out").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("more, where", [([], "meta"), (["--device", "cpu"], "cpu"), (["--fsdp"], "cpu")])
+def test_the_base_model_answers_where_it_will_be_trained(data, tmp_path, monkeypatch, more, where):
+    """A device without numbers stands for a GPU: the base is seen where it would begin to answer."""
+    seen = []
+
+    def look(model, *_):
+        seen.append({one.device.type for one in model.parameters()})
+        raise ValueError("enough")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("meta"))
+    monkeypatch.setattr(train, "scores", look)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = ["--model", str(ROOT / "tiny"), "--data", str(data), "--out", str(tmp_path / "out"), *more]
+    with pytest.raises(SystemExit, match="enough"):
+        train.main(words)
+    assert seen == [{where}]
