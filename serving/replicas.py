@@ -4,7 +4,7 @@
 
 This process is the door: it listens, checks keys and limits, and hands each request to a replica. A request whose
 replica dies before it has said anything is given to another one; one that has begun to stream ends with an error
-event, because half an answer cannot be taken back. Where no replica answers, the client gets a 503. Ray starts dead
+event, because half an answer cannot be taken back. Where no replica takes it, the client gets a 503. Ray starts dead
 replicas again. The other options are those of api.py.
 
 Needs `pip install -r serving/requirements-ray.txt`. Several machines: `ray start --head` on one, `ray start --address`
@@ -31,6 +31,8 @@ from serving.metrics import Metrics  # noqa: E402
 from serving.streaming import leaves  # noqa: E402
 
 TRIES = 3
+PATIENCE = 30  # seconds until a replica takes a request; for Ray's own router it waits without end
+TAKEN = {"type": "chatglm.taken"}  # before the messages of a response, which may take minutes
 NO_REPLICA = ApiError(503, "the replica that answered is gone: try again", code="no_replica", retry_after=5)
 KEPT = ("type", "http_version", "method", "path", "raw_path", "query_string", "headers", "scheme", "root_path")
 
@@ -44,7 +46,8 @@ class Replica:
         self.service.start()
 
     async def answer(self, scope: dict, body: bytes) -> AsyncIterator[dict]:
-        """The ASGI messages of one response; closing this is the client's leaving."""
+        """TAKEN and the ASGI messages of one response; closing this is the client's leaving."""
+        yield TAKEN
         messages: asyncio.Queue = asyncio.Queue()
         asked = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -83,17 +86,22 @@ class Front:
 
     async def _answer(self, scope, body: bytes, send) -> None:
         from ray.exceptions import RayError
+        from ray.serve.exceptions import RayServeException
 
         small = {name: scope[name] for name in KEPT if name in scope}
         for _ in range(TRIES):
             start = None
             messages = self.replicas.answer.remote(small, body)
             try:
+                async with asyncio.timeout(PATIENCE):
+                    await messages.__anext__()
                 async for message in messages:
                     start = start or message
                     await send(message)
                 return
-            except RayError:  # the replica died
+            except TimeoutError:
+                break
+            except (RayError, RayServeException):  # the replica died, or there is none
                 if start is not None:
                     await self._end(start, send)
                     return
@@ -109,7 +117,7 @@ class Front:
             await send({"type": "http.response.body", "body": line.encode(), "more_body": False})
 
 
-def deploy(arguments: list[str], replicas: int, cpus: float):
+def deploy(arguments: list[str], replicas: int, cpus: float, replica: type[Replica] = Replica):
     """Starts so many replicas, each with so many CPUs of Ray's; returns their handle."""
     from ray import serve
 
@@ -119,7 +127,7 @@ def deploy(arguments: list[str], replicas: int, cpus: float):
         max_ongoing_requests=1000,
         health_check_period_s=2,
         ray_actor_options={"num_cpus": cpus},
-    )(Replica)
+    )(replica)
     return serve.run(deployment.bind(arguments), name="chatglm", route_prefix=None)
 
 
