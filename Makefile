@@ -3,6 +3,7 @@
 # make serve  a server for many at once, as OpenAI's clients expect it; MODEL, DTYPE, DEVICE and ARGS as for chat
 # make test   format, lint, types of signatures and all tests
 # make ladder the tests of every supported transformers version, and their table
+# make ecosystem  the tests of LangChain, LlamaIndex, other libraries' quantizers, Ray Serve and DeepSpeed (700 MB)
 # make canary every test of tests/ on the newest libraries that pip finds (PyTorch too: gigabytes; TORCH_INDEX=URL for another)
 # make bench  speed of the full-size model (random weights, 28 GB in bench_data); ARGS="--layers 4" for a quick run
 # make tiny   train the checkpoint in tiny/ again
@@ -28,7 +29,7 @@ SERVER := $(VENV)/.server-installed
 WEB := $(VENV)/.web-installed
 DEV := $(VENV)/.dev-installed
 
-.PHONY: chat web serve test lint ladder canary bench tiny clean
+.PHONY: chat web serve test lint ladder ecosystem canary bench tiny clean
 .DEFAULT_GOAL := chat
 
 chat: $(CHAT)
@@ -50,6 +51,9 @@ lint: $(DEV)
 
 ladder: $(DEV)
 	$(BIN)/nox -s ladder
+
+ecosystem: $(DEV)
+	$(BIN)/nox -s ecosystem
 
 canary: $(DEV)
 	$(BIN)/nox -s canary -- $(ARGS)

@@ -6,6 +6,7 @@ itself runs in (through a `.pth` file), and holds only what its transformers ver
     nox -s ladder            all rungs, two at a time, then the table
     nox -s rung-4.26.1       one rung
     nox -s table             the table of the last runs, in Markdown
+    nox -s ecosystem         LangChain, LlamaIndex, other libraries' quantizers, Ray Serve, DeepSpeed
     nox -s canary            every test of tests/ on the newest transformers, PyTorch, PEFT, accelerate
     nox -s signatures        a type checker on the signatures of the package's files, a part of `make lint`
 """
@@ -52,10 +53,18 @@ SUITES = [
 ]
 # Of the tests of slim.py's check those that run the network; the others compare files, which no version changes.
 CHECK = "test_slim_check"
+OWN_TOOLS = "serving/tests/test_transformers_serve.py"  # skips itself below 5.23
 OF_CHECK = [
     "test_a_right_output_passes[released]",
     "test_logits_alone_tell_damages_that_matter",
     "test_the_reference_network_gives_the_golden_logits",
+]
+# Other libraries that the development requirements do not bring: some 700 MB, and their tests.
+OF_ECOSYSTEM = [
+    "serving/tests/test_ecosystem.py",
+    "serving/tests/test_replicas.py",
+    "finetune/tests/test_processes.py::test_the_settings_for_deepspeed_are_what_transformers_reads",
+    "finetune/tests/test_processes.py::test_deepspeed_learns_what_one_process_learns",
 ]
 AT_ONCE = 2
 REPORTS = Path(".nox") / "reports"
@@ -97,7 +106,7 @@ def own_transformers(session: nox.Session, version: str) -> bool:
 
 def chosen_tests() -> list[str]:
     files = [FEATURES, *(f"test_{name}" for name in SUITES)]
-    return [f"tests/{file}.py" for file in files] + [f"tests/{CHECK}.py::{test}" for test in OF_CHECK]
+    return [f"tests/{file}.py" for file in files] + [f"tests/{CHECK}.py::{test}" for test in OF_CHECK] + [OWN_TOOLS]
 
 
 def register(version: str) -> None:
@@ -111,21 +120,42 @@ def register(version: str) -> None:
         prepare(session, version)
         if session.posargs == ["--prepare-only"]:
             return
-        REPORTS.mkdir(parents=True, exist_ok=True)
-        session.run(
-            *("python", "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-m", "not once"),
-            f"--junitxml={REPORTS / version}.xml",
-            *(session.posargs or chosen_tests()),
-            env={
-                "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-                "HF_HUB_OFFLINE": "1",
-                "HF_MODULES_CACHE": str(Path(session.virtualenv.location, "modules")),  # rungs share none
-            },
-        )
+        run_tests(session, version, "-m", "not once", *(session.posargs or chosen_tests()))
+
+
+def run_tests(session: nox.Session, report: str, *arguments: str) -> None:
+    REPORTS.mkdir(parents=True, exist_ok=True)
+    session.run(
+        *("python", "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", f"--junitxml={REPORTS / report}.xml"),
+        *arguments,
+        env={
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+            "HF_HUB_OFFLINE": "1",
+            "HF_MODULES_CACHE": str(Path(session.virtualenv.location, "modules")),  # sessions share none
+        },
+    )
 
 
 for _version in RUNGS:
     register(_version)
+
+
+@nox.session(venv_backend="venv", venv_params=["--without-pip"])
+def ecosystem(session: nox.Session) -> None:
+    """The tests of libraries that few need, above the environment that nox runs in, which stays as it is."""
+    prepare_above(session)
+    pinned = ("--constraint", "requirements.txt")
+    session.install("--only-binary=:all:", *pinned, *files_of("serving", "ecosystem", "ray"))
+    # DeepSpeed comes as source: nothing of it is compiled before its first use, and its setup.py wants to see torch.
+    deepspeed = ("--no-build-isolation", *pinned, *files_of("finetune", "deepspeed"))
+    session.install(*deepspeed, env={"DS_BUILD_OPS": "0"})
+    if Path(packages_of(session), "torch").exists():
+        session.error(f"pip put another PyTorch into {session.virtualenv.location}: delete the folder")
+    run_tests(session, "ecosystem", *(session.posargs or OF_ECOSYSTEM))
+
+
+def files_of(folder: str, *names: str) -> list[str]:
+    return [word for name in names for word in ("-r", f"{folder}/requirements-{name}.txt")]
 
 
 @nox.session(venv_backend="venv", venv_params=["--without-pip"])
@@ -161,7 +191,7 @@ def outcomes(report: Path) -> dict[str, str]:
         return {}
     found: dict[str, str] = {}
     for case in ElementTree.parse(report).getroot().iter("testcase"):
-        file = case.get("classname", "").rpartition(".")[2]
+        file = (case.get("classname") or case.get("name", "")).rpartition(".")[2]  # no class: skipped as a whole
         row = f"the network in {file}.py" if file == CHECK else f"all of {file}.py"
         row = case.get("name", "").partition("[")[0] if file == FEATURES else row
         tags = {child.tag for child in case}

@@ -84,7 +84,7 @@ def test_one_range_of_python_versions_stands_everywhere():
         assert oldest in text and newest in text
 
 
-@pytest.mark.parametrize("target", ["chat", "web", "test", "ladder", "canary", "tiny", "clean"])
+@pytest.mark.parametrize("target", ["chat", "web", "test", "ladder", "ecosystem", "canary", "tiny", "clean"])
 def test_make_targets_exist(target):
     done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -228,3 +228,14 @@ def test_a_test_that_ran_nowhere_for_an_unknown_reason_is_named(tmp_path, newest
     command = [sys.executable, str(ROOT / ".ci" / "skips.py"), *map(str, tmp_path.glob("*.xml"))]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == int(named) and ("tests.test_a test_b" in done.stdout) is named, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("ran", [True, False])
+def test_a_file_skipped_as_a_whole_in_one_report_may_run_in_another(tmp_path, ran):
+    whole = "<testcase classname='' name='tests.test_a'><skipped>Skipped: no such thing</skipped></testcase>"
+    tests = "<testcase classname='tests.test_a' name='test_b'></testcase>" if ran else whole
+    for name, cases in (("newest", whole), ("other", tests)):
+        (tmp_path / f"{name}.xml").write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
+    command = [sys.executable, str(ROOT / ".ci" / "skips.py"), *map(str, tmp_path.glob("*.xml"))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == int(not ran), done.stdout + done.stderr

@@ -67,6 +67,11 @@ def program(runs: list[list[str]]) -> None:
         return step(self, *arguments, **options)
 
     train.Tuner.training_step = dying_step
+    if any("--deepspeed" in run for run in runs):
+        import deepspeed.ops
+
+        # A quicker sum over processes of one machine, which it would compile here, for a minute, if it finds ninja.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     for run in runs:
         os.environ.pop("ACCELERATE_USE_FSDP", None)  # accelerate's own, of the run before
         train.main(run)

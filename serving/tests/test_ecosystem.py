@@ -1,4 +1,4 @@
-"""LangChain and other libraries' quantizers, on the folder as it is."""
+"""LangChain, LlamaIndex and other libraries' quantizers, on the folder as it is."""
 
 from __future__ import annotations
 
@@ -29,6 +29,21 @@ def test_langchain_answers_as_chat_does():
     answer = library.ChatHuggingFace(llm=llm, tokenizer=tokenizer).invoke([("human", QUESTION)])
     assert expected in model.process_response(answer.content)
     assert expected in model.process_response(llm.invoke(QUESTION))
+
+
+def test_langchains_openai_clients_talk_to_the_server():
+    library = pytest.importorskip("langchain_openai", reason="langchain-openai is not installed")
+    from serving.tests.running import Served
+
+    tokenizer, model = load()
+    expected, _ = model.chat(tokenizer, QUESTION, history=[], do_sample=False)
+    with Served(tokenizer, model) as served:
+        there = {"base_url": f"{served.url}/v1", "api_key": "none", "model": "tiny"}
+        llm = library.ChatOpenAI(**there, temperature=0)
+        assert llm.invoke(QUESTION).content == expected
+        assert "".join(piece.content for piece in llm.stream(QUESTION)) == expected
+        embeddings = library.OpenAIEmbeddings(**there, check_embedding_ctx_length=False)
+        assert len(embeddings.embed_query(QUESTION)) == model.config.hidden_size
 
 
 def bitsandbytes_8():
@@ -75,10 +90,11 @@ def test_the_quantizers_of_other_libraries_take_every_linear_layer_but_the_head(
     assert "我是 tiny" in answer
 
 
-def test_a_model_of_4_bits_saved_before_its_first_answer_comes_back_equal(tmp_path):
-    """Later it does not on a CPU with AVX512_BF16: bitsandbytes 0.50.2 reorders the scales at the first product, and
-    does not put them back to save them (`_convert_weight_packed_for_cpu_inverse`)."""
-    tokenizer, model = load(dtype=torch.bfloat16, quantization_config=bitsandbytes_4())
+@pytest.mark.parametrize("settings", [bitsandbytes_8, bitsandbytes_4, torchao_8])
+def test_a_quantized_model_saved_before_its_first_answer_comes_back_equal(settings, tmp_path):
+    """Later one of 4 bits does not on a CPU with AVX512_BF16: bitsandbytes 0.50.2 reorders the scales at the first
+    product, and does not put them back to save them (`_convert_weight_packed_for_cpu_inverse`)."""
+    tokenizer, model = load(dtype=torch.bfloat16, quantization_config=settings())
     ids = torch.tensor([tokenizer.build_chat_input_ids(QUESTION)])
     model.save_pretrained(tmp_path / "saved")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", trust_remote_code=True).eval()
