@@ -643,8 +643,8 @@ def test_other_roles_are_refused_by_name(tiny):
         ([{"role": "user", "content": "hi"}, ("a", "b")], "Message 1"),
         ([{"role": "user", "content": ["hi"]}], "user's text of round 0"),
         ([{"role": "assistant", "content": "hi"}], "'assistant' where 'user' is due"),
-        (7, "history is 7"),
-        ("hi", "history is 'hi'"),
+        (7, "conversation is 7"),
+        ("hi", "conversation is 'hi'"),
     ],
 )
 def test_history_of_another_shape_is_refused_by_name(tiny, history, message):
