@@ -267,7 +267,7 @@ def gelu(states: Tensor) -> Tensor:
     return F.gelu(states, approximate="tanh") if fast is None else fast
 
 
-# ---- A whole decode step ---------------------------------------------------------------------
+# ---- A whole decode step --------------------------------------------------------------------------------------------
 def decode_step(blocks: nn.ModuleList, final_norm, hidden: Tensor, rotary, visible, cache, kinds) -> Tensor | None:
     """The output [B, 1, hidden] of all blocks and the final norm for one new token; None: call the modules.
 

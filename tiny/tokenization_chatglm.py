@@ -60,7 +60,7 @@ def _with_whole_text(message: Any) -> Any:
 def _messages(conversation: Any) -> list[Any]:
     """The messages of (query, answer) pairs, the last answer of which may be None; messages as they are."""
     if not isinstance(conversation, (list, tuple)):
-        raise ValueError(f"The history is {conversation!r}, not a list of (query, answer) pairs or of messages.")
+        raise ValueError(f"The conversation is {conversation!r}, not a list of (query, answer) pairs or of messages.")
     if not conversation or isinstance(conversation[0], Mapping):
         return [_with_whole_text(message) for message in conversation]
     messages = []
@@ -82,10 +82,8 @@ def _split(messages: list[Any]) -> tuple[str, list[str]]:
             continue
         expected = ("user", "assistant")[len(texts) % 2]
         if message["role"] != expected:
-            raise ValueError(
-                f"Message {i} has the role {message['role']!r} where {expected!r} is due: give at most one 'system' "
-                "message, first, then 'user' and 'assistant' in turn."
-            )
+            cure = "give one 'system' message at most, first, then 'user' and 'assistant' in turn."
+            raise ValueError(f"Message {i} has the role {message['role']!r} where {expected!r} is due: {cure}")
         texts.append(_text(message["content"], f"The {expected}'s text of round {len(texts) // 2}"))
     return system, texts
 
@@ -328,10 +326,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
         Raises ValueError for a conversation of another shape or with other roles, or a flag that does not fit its end.
         """
-        conversation = getattr(conversation, "messages", conversation)  # the Conversation objects of 4.x
-        if not isinstance(conversation, (list, tuple)) or not conversation:
-            raise ValueError(f"The conversation is {conversation!r}, not a list of messages or (query, answer) pairs.")
-        first = conversation[0]
+        first = conversation[0] if conversation else None
         is_batch = isinstance(first, (list, tuple)) and not (first and isinstance(first[0], str))
         conversations = [_messages(one) for one in (conversation if is_batch else [conversation])]
         if all(self._writes_prompt(chat_template, one, **options) for one in conversations):
