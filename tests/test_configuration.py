@@ -22,7 +22,7 @@ def test_defaults_are_the_released_slim_model():
     for field, value in released.items():
         if field not in about_the_file:
             assert getattr(config, field) == value, field
-    assert (config.vocab_size, config.num_image_tokens) == (130528, 0)
+    assert config.vocab_size == 130528
     assert config.residual_scale == 56**0.5
 
 
@@ -57,7 +57,6 @@ def test_saving_and_loading_keeps_every_field(tmp_path):
 
 def test_first_release_configuration_is_recognised():
     config = ChatGLMConfig(vocab_size=150528, bos_token_id=150004, eos_token_id=150005, pad_token_id=20003)
-    assert config.num_image_tokens == 20000
     assert (config.mask_token_id, config.gmask_token_id) == (150000, 150001)
 
 
@@ -170,7 +169,7 @@ def test_older_code_than_the_config_asks_for_warns_once_and_the_demand_stays(war
     for _ in range(3):
         config = ChatGLMConfig(code_version="99.10")
     assert len(warnings()) == 1
-    assert f"asks for version 99.10 of the code, the code beside it is {CODE_VERSION}" in warnings()[0]
+    assert f"asks for version 99.10 of the code, the code that runs is {CODE_VERSION}" in warnings()[0]
     config.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["code_version"] == "99.10"
     assert ChatGLMConfig.from_pretrained(tmp_path).code_version == "99.10"

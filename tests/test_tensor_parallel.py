@@ -149,8 +149,8 @@ def test_another_format_is_refused_where_each_process_has_a_part(root, name):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("five heads", "ChatGLMConfig.num_attention_heads = 5: 2 processes cannot share 5 heads"),
-        ("groups of 128", "ChatGLMConfig.hidden_size = 128: 2 processes cannot share 1 heads, or groups of columns"),
+        ("five heads", "ChatGLMConfig.num_attention_heads = 5: 2 processes cannot share its heads and groups"),
+        ("groups of 128", "2 processes cannot share its heads and groups of columns, take a divisor of 1"),
         ("prefix", "ChatGLMConfig.pre_seq_len = 3: tensor parallelism is not for P-tuning: use a device_map"),
     ],
 )
