@@ -24,7 +24,6 @@ LICENSE_NAME = "chatglm-6b-license"  # of the released weights
 LICENSE_LINK = "https://github.com/THUDM/ChatGLM-6B/blob/main/MODEL_LICENSE"
 IMAGE_TOKENS = 20000  # rows that the first release reserved in front of every text token
 MASK, GMASK, SOP, EOP, PAD = 130000, 130001, 130004, 130005, 3  # ids in the released slim vocabulary
-LATER_GENERATIONS = ("multi_query_attention", "padded_vocab_size", "ffn_hidden_size", "kv_channels", "rmsnorm")
 
 SWITCH, TOKEN, POSITIVE, VERSION = (True, False), "token", "positive", re.compile(r"\d{1,6}(\.\d{1,6}){0,3}")
 FIELDS = {  # name: (default, rule); the rule is a largest whole number, all values there are, or one of those above
@@ -94,12 +93,6 @@ class ChatGLMConfig(PretrainedConfig):
     }
 
     def __init__(self, **kwargs):
-        later = [name for name in LATER_GENERATIONS if name in kwargs]
-        if later:
-            raise ValueError(
-                f"this is a ChatGLM2/ChatGLM3 configuration (it has {', '.join(later)}): ChatGLM-6B-Slim runs the "
-                "first ChatGLM-6B only; load it with the code of its own repository"
-            )
         kwargs.update({field: kwargs.pop(name) for name, field in self.attribute_map.items() if name in kwargs})
         fields = {name: kwargs.pop(name, default) for name, (default, _) in FIELDS.items()}
         # [MASK] and [gMASK] have fixed places before <sop> in every vocabulary

@@ -106,7 +106,6 @@ WRONG = [
     ({"bos_token_id": [130004]}, r"bos_token_id = \[130004\]"),
     ({"bos_token_id": None}, "bos_token_id = None"),
     ({"code_version": 2}, "code_version = 2: give a version such as"),
-    ({"multi_query_attention": True, "padded_vocab_size": 65024}, "ChatGLM2/ChatGLM3"),
 ]
 
 
