@@ -13,13 +13,8 @@ import collections
 import contextlib
 import functools
 import inspect
-import json
-import os
-import re
-import sys
 import threading
 import weakref
-import zipfile
 from pathlib import Path
 
 import huggingface_hub
@@ -100,9 +95,6 @@ class GrowingStates:
 class GrowingCache(DynamicCache):
     """A DynamicCache whose `update` writes behind what it holds, and copies nothing else."""
 
-    geometry = None  # of the sequence that it holds, see remember_geometry
-    in_generate = False  # generate alone has this cache: it may overwrite what it crops
-
     def __init__(self):
         super().__init__()
         self.growing = collections.defaultdict(GrowingStates)  # by layer and place among (keys, values)
@@ -122,40 +114,11 @@ class GrowingCache(DynamicCache):
             layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
         return keys, values
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        self._choose_rows(beam_idx)
-
-    if hasattr(DynamicCache, "batch_select_indices"):  # 4.42
-
-        def batch_select_indices(self, indices: Tensor) -> None:
-            super().batch_select_indices(indices)
-            self._choose_rows(indices)
-
-        def batch_repeat_interleave(self, repeats: int) -> None:
-            super().batch_repeat_interleave(repeats)
-            if self.geometry is not None:
-                self._choose_rows(torch.arange(len(self.geometry[0])).repeat_interleave(repeats))
-
-    def _choose_rows(self, index: Tensor) -> None:
-        if self.geometry is not None:
-            self.geometry = type(self.geometry)(*(rows[index.to(rows.device)] for rows in self.geometry))
-
-    if hasattr(DynamicCache, "crop"):  # 4.42
-
-        def crop(self, *args, **kwargs):
-            super().crop(*args, **kwargs)
-            for (layer_idx, place), states in self.growing.items() if self.in_generate else ():
-                states.front = cached_states(self, layer_idx)[place]
-
 
 def given_cache(past_key_values=None, cache=None, past=None, **others):
     """The cache among the arguments of a call, as one with `update`; None for no cache. It is given as the first one
     from 4.26 to 5.23, as the second one later, and as the third one before."""
-    given = [one for one in (past_key_values, cache, past) if one is not None]
-    if any(one is not given[0] for one in given):
-        raise ValueError("two different caches, as past_key_values and as cache: give one")
-    return as_cache(given[0] if given else None)
+    return as_cache(next((one for one in (past_key_values, cache, past) if one is not None), None))
 
 
 def as_cache(past):
@@ -182,22 +145,17 @@ def chosen_setting(model, arguments: tuple, options: dict, name: str):
 @contextlib.contextmanager
 def cache_for_generate(model, arguments: tuple, options: dict):
     """Puts into the options of `generate` the cache that it is to use, under the name that this version knows: the
-    caller's, or where generate would make a DynamicCache, one that grows in place and that it alone has meanwhile."""
+    caller's, or where generate would make a DynamicCache, one that grows in place."""
     cache = given_cache(**{name: options.pop(name, None) for name in ("past_key_values", "cache")})
     use_cache, kind = (chosen_setting(model, arguments, options, n) for n in ("use_cache", "cache_implementation"))
     is_ours = cache is None and use_cache and not (kind or options.get("custom_generate"))
-    if is_ours and options.get("assistant_model") and not HAS_CACHES:  # it runs the model on tokens without positions
-        raise ValueError(f"assistant_model needs transformers 4.36 or newer, this is {transformers.__version__}")
     # 4.44 and older may share a cache with the assistant
     may_share = options.get("assistant_model") and not hasattr(GenerationMixin, "_prepare_cache_for_generation")
     if is_ours and not may_share:
         cache = GrowingCache()
-        cache.in_generate = True
     if cache is not None:
         options[CACHE_NAME] = cache
     yield
-    if isinstance(cache, GrowingCache):
-        cache.in_generate = False
     if cache is not None and not int(cached_length(cache)):
         warn_once(
             "generate made no use of its cache, so each token computed the whole text again: this version of "
@@ -205,23 +163,19 @@ def cache_for_generate(model, arguments: tuple, options: dict):
         )
 
 
-_geometries: dict = {}  # with the keys they are for, by the id of a cache not ours to change; some cannot be hashed
+_geometries: dict = {}  # with the keys they are for, by the id of a cache, some of which cannot be hashed
 
 
 def remember_geometry(cache, geometry) -> None:
-    """Keeps with a cache where its context ends; who only has the new tokens cannot see it."""
-    if isinstance(cache, GrowingCache):
-        cache.geometry = geometry
-    elif cache is not None and not is_tracing():
+    """Keeps where the context of a cache ends; who only has the new tokens cannot see it."""
+    if cache is not None and not is_tracing():
         if id(cache) not in _geometries:
             weakref.finalize(cache, _geometries.pop, id(cache))
         _geometries[id(cache)] = geometry, keys_of(cache)
 
 
 def geometry_of(cache):
-    """What `remember_geometry` kept; None where there is nothing, or a foreign cache has other rows since then."""
-    if isinstance(cache, GrowingCache):
-        return cache.geometry
+    """What `remember_geometry` kept; None where there is nothing, or the cache has other rows since then."""
     geometry, keys = (None, None) if cache is None or is_tracing() else _geometries.get(id(cache), (None, None))
     return geometry if keys is None or keys.data_ptr() == keys_of(cache).data_ptr() else None  # cropping keeps it
 
@@ -255,28 +209,21 @@ def fixed_length(cache) -> int | None:
 
 def chosen_attention(config):
     """The name of a built-in attention, or the function that somebody registered with transformers' AttentionInterface
-    (4.48) under the name that the model is set to (4.36)."""
-    name = getattr(config, "_attn_implementation", None) or "sdpa"
-    function = ALL_ATTENTION_FUNCTIONS[name] if name != "eager" and name in ALL_ATTENTION_FUNCTIONS else None
-    of_library = name == "sdpa" and getattr(function, "__module__", "").startswith("transformers.")
-    return name if function is None or of_library else function
-
-
-def chosen_mask(config, visible: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The mask for such a function: bool, True for keys that are read; one to add to the scores where transformers'
-    `eager_mask` is registered for it with AttentionMaskInterface.
+    (4.48) under the name that the model is set to (4.36). Its mask is bool, True for keys that are read.
 
     Raises:
-        ValueError: a mask of another kind is registered, which a GLM context cannot be put into.
+        ValueError: a mask of another kind is registered for it (4.53).
     """
-    asked = masking_utils and masking_utils.ALL_MASK_ATTENTION_FUNCTIONS.get(config._attn_implementation)
-    if visible is None or asked is None or asked is masking_utils.sdpa_mask:
-        return visible
-    if asked is masking_utils.eager_mask:
-        return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
+    name = getattr(config, "_attn_implementation", None) or "sdpa"
+    function = ALL_ATTENTION_FUNCTIONS[name] if name != "eager" and name in ALL_ATTENTION_FUNCTIONS else None
+    if function is None or (name == "sdpa" and getattr(function, "__module__", "").startswith("transformers.")):
+        return name
+    mask = masking_utils and masking_utils.ALL_MASK_ATTENTION_FUNCTIONS.get(name)
+    if mask is None or mask is masking_utils.sdpa_mask:
+        return function
     raise ValueError(
-        f"the mask of attn_implementation = {config._attn_implementation!r} is {asked!r}: ChatGLM's is no causal one, "
-        "register transformers' sdpa_mask or eager_mask for it"
+        f"the mask of attn_implementation = {name!r} is {mask!r}: ChatGLM's is no causal one, register transformers' "
+        "sdpa_mask for it, whose masks are bool"
     )
 
 
@@ -324,9 +271,8 @@ class VersionedModel(PreTrainedModel):
         installed; loads of several threads take turns, because transformers changes things for the whole process
         meanwhile; what is frozen stays so (5.x makes new parameters); what has no numbers yet gets some."""
         if not kwargs.get("state_dict"):
-            check_weight_files(os.path.join(path, kwargs.get("subfolder") or ""))
+            check_weight_files(Path(path, kwargs.get("subfolder") or ""))
             cls.check_format(path, kwargs)
-        warn_of_other_code(path)
         if "dtype" not in kwargs and "torch_dtype" not in kwargs:
             renamed = any(hasattr(cls.config_class, name) for name in ("dtype", "torch_dtype"))  # 4.56
             kwargs["dtype" if renamed else "torch_dtype"] = "auto"
@@ -418,80 +364,16 @@ def fill_missing(model: PreTrainedModel) -> None:
             module._parameters.update(loaded)
 
 
-# Code files of this process, as they were when they were first looked at; kept where this file is run again (4.4x).
-_imported: dict[tuple, bytes] = globals().get("_imported", {})
-
-
-def warn_of_other_code(folder) -> None:
-    """Says so where a folder is served by code that is not its own: in a process transformers imports code once for
-    each name of a folder (below 4.27: once at all), and serves all folders of that name with it, wholly or in part.
-    Its copy of the files is no witness, since the second folder's are copied over the first one's."""
-    package, differing = __name__.rpartition(".")[0] + ".", []
-    served = sys.modules if package.startswith("transformers_modules.") else ()
-    for name in [name for name in served if name.startswith(package)]:
-        file, own = Path(sys.modules[name].__file__), Path(folder, name.rpartition(".")[2] + ".py")
-        run = (name, getattr(sys.modules[name], "__transformers_module_hash__", None))
-        if run not in _imported and file.is_file():
-            _imported[run] = file.read_bytes()
-        if own.is_file() and own.read_bytes() != _imported.get(run):
-            differing.append(own.name)
-    if differing:
-        warn_once(
-            f"{folder} is served by the code of another folder, whose {', '.join(sorted(differing))} this process has "
-            "imported before: load it in a process of its own, or give the folder a name of its own (and use "
-            "transformers 4.27 or later)"
-        )
-
-
-# In the order in which transformers looks for them.
-WEIGHT_FILES = [f"{name}{of}" for name in ("model.safetensors", "pytorch_model.bin") for of in ("", ".index.json")]
-SHARD = re.compile(r"-\d{5}-of-\d{5}(\.safetensors|\.bin)$")
-
-
-def check_weight_files(folder: str) -> None:
-    """An OSError of one line where a look at the files of a local folder shows why they cannot be loaded."""
-    if not os.path.isdir(folder):
-        return
-    names = sorted(os.listdir(folder))
-    shards = [name for name in names if SHARD.search(name)]
-    found = next((name for name in WEIGHT_FILES if name in names), None)
-    if found is None and shards:
-        index = SHARD.sub(r"\1.index.json", shards[0])
-        raise OSError(f"{folder} has {len(shards)} shards of weights but no {index}: download that file too")
-    if found is None and not any(name.endswith((".safetensors", ".bin")) for name in names):
+def check_weight_files(folder: Path) -> None:
+    """An OSError of one line for a local folder without weights, as this repository is, and for one that was cloned
+    without Git LFS."""
+    files = [file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin")] if folder.is_dir() else None
+    if files == []:
         raise OSError(
             f"{folder}: this folder holds the code of ChatGLM-6B-Slim without weights: make a complete folder with "
             "`python slim.py THUDM/chatglm-6b OUTPUT --repackage`, or give from_pretrained a Hub id that has them"
         )
-    for name in sorted(named_by(Path(folder, found))) if found else ():
-        if name not in names:
-            raise OSError(f"{folder}: {found} names {name}, which is not there: download that file too")
-        named_by(Path(folder, name))
-
-
-def named_by(path: Path) -> set[str]:
-    """The shards that an index names; none for another file. An OSError for a file that is not whole."""
-    with open(path, "rb") as file:
-        start = file.read(64)
-    if start.startswith(b"version https://git-lfs"):
-        cure = "run `git lfs pull` in its folder, or download it again"
-        raise OSError(f"{path} is a Git-LFS pointer, not the file itself: {cure}")
-    try:
-        if path.suffix == ".json":
-            return set(json.loads(path.read_bytes())["weight_map"].values())
-        if path.suffix == ".safetensors":
-            from safetensors import safe_open
-
-            safe_open(str(path), "pt").__exit__(None, None, None)
-        elif start.startswith(b"PK"):
-            zipfile.ZipFile(path).close()
-        elif not start:
-            raise ValueError("empty")
-    except ImportError:  # below 4.31 it may be missing, and is not asked for then
-        pass
-    except Exception as error:  # SafetensorError is no class of its own in old versions
-        size = f"{path.stat().st_size:,} bytes"
-        raise OSError(
-            f"{path} ends after {size} and cannot be read as a whole ({error}): download it again"
-        ) from error
-    return set()
+    for file in files or ():
+        with open(file, "rb") as opened:
+            if opened.read(23) == b"version https://git-lfs":
+                raise OSError(f"{file} is a Git-LFS pointer: run `git lfs pull` in its folder, or download it again")

@@ -2,7 +2,7 @@
 
 Two things are unusual. The residual stream carries the *normalised* input times `residual_scale`, which is √56 for any
 depth, because the original code always computes √(2·28). And checkpoints of the first release still hold 20,000
-image-token rows in front of the text vocabulary: `num_image_tokens` tells which kind a configuration describes.
+image-token rows in front of the text vocabulary, so that every id is larger there.
 Fields are checked for type and value, so that "false" or 2.5 from a file is an error here and not a wrong model later.
 """
 
@@ -24,7 +24,6 @@ LICENSE_NAME = "chatglm-6b-license"  # of the released weights
 LICENSE_LINK = "https://github.com/THUDM/ChatGLM-6B/blob/main/MODEL_LICENSE"
 IMAGE_TOKENS = 20000  # rows that the first release reserved in front of every text token
 MASK, GMASK, SOP, EOP, PAD = 130000, 130001, 130004, 130005, 3  # ids in the released slim vocabulary
-LATER_GENERATIONS = ("multi_query_attention", "padded_vocab_size", "ffn_hidden_size", "kv_channels", "rmsnorm")
 
 SWITCH, TOKEN, POSITIVE, VERSION = (True, False), "token", "positive", re.compile(r"\d{1,6}(\.\d{1,6}){0,3}")
 FIELDS = {  # name: (default, rule); the rule is a largest whole number, all values there are, or one of those above
@@ -94,12 +93,6 @@ class ChatGLMConfig(PretrainedConfig):
     }
 
     def __init__(self, **kwargs):
-        later = [name for name in LATER_GENERATIONS if name in kwargs]
-        if later:
-            raise ValueError(
-                f"this is a ChatGLM2/ChatGLM3 configuration (it has {', '.join(later)}): ChatGLM-6B-Slim runs the "
-                "first ChatGLM-6B only; load it with the code of its own repository"
-            )
         kwargs.update({field: kwargs.pop(name) for name, field in self.attribute_map.items() if name in kwargs})
         fields = {name: kwargs.pop(name, default) for name, (default, _) in FIELDS.items()}
         # [MASK] and [gMASK] have fixed places before <sop> in every vocabulary
@@ -147,20 +140,12 @@ class ChatGLMConfig(PretrainedConfig):
 
     def check_processes(self, processes: int) -> None:
         """ValueError where that many cannot have equal parts of each layer."""
-        group = self.quantization_group_size or 1
-        units = {"num_attention_heads": self.num_attention_heads}
-        units.update({name: getattr(self, name) // group for name in ("hidden_size", "inner_hidden_size")})
-        for name, parts in units.items():
-            cure = f"{processes} processes cannot share {parts} heads, or groups of columns; take a divisor of {parts}"
-            check(name, getattr(self, name), parts % processes == 0, cure)
+        heads, group = self.num_attention_heads, self.quantization_group_size or 1
+        parts = math.gcd(heads, self.hidden_size // group, self.inner_hidden_size // group)
+        cure = f"{processes} processes cannot share its heads and groups of columns, take a divisor of {parts}"
+        check("num_attention_heads", heads, parts % processes == 0, cure)
         alone = processes == 1 or self.pre_seq_len is None
         check("pre_seq_len", self.pre_seq_len, alone, "tensor parallelism is not for P-tuning: use a device_map")
-
-    @property
-    def num_image_tokens(self) -> int:
-        """Rows in front of the text vocabulary: 20000 in the first release, 0 after slimming."""
-        is_full = (self.pad_token_id or 0) >= IMAGE_TOKENS or self.bos_token_id == SOP + IMAGE_TOKENS
-        return IMAGE_TOKENS if is_full else 0
 
     def check_values(self) -> None:
         """Raises a ValueError that names field, value and cure where no model can be built."""
@@ -208,8 +193,8 @@ def newer_version(asked: str) -> str:
     if theirs <= ours:
         return CODE_VERSION
     warn_once(  # a configuration is made several times while a model loads
-        f"config.json asks for version {asked} of the code, the code beside it is {CODE_VERSION}: settings new to "
-        "it are ignored; put the .py files of the newer version there"
+        f"config.json asks for version {asked} of the code, the code that runs is {CODE_VERSION}: put the newer .py "
+        "files beside it; where this process has used another folder of the same name, the code is that one's"
     )
     return asked
 

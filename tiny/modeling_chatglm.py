@@ -35,7 +35,6 @@ from .compat import (
     cache_for_generate,
     cached_length,
     chosen_attention,
-    chosen_mask,
     chosen_setting,
     fixed_length,
     geometry_of,
@@ -59,10 +58,6 @@ LOSS_IN_CONTEXT = (
     "labels before <sop>: tokens of a GLM context read each other in both directions, so the model sees what it is "
     "to predict there and learns nothing from it; label the answer, from <sop> on, as the collators in "
     "finetune/collators.py of the ChatGLM-6B-Slim repository do"
-)
-FROZEN = (
-    "its layers are frozen. Add an adapter, or a prefix (pre_seq_len), or tune the 16-bit one: see finetune/README.md "
-    "in the ChatGLM-6B-Slim repository"
 )
 P_TUNING = (
     "PEFT's prompt tuning and prefix tuning do not know where a GLM context ends: P-tuning v2 is built in, give "
@@ -214,8 +209,8 @@ class SelfAttention(nn.Module):
         key, value = past.extend(key, value, self.layer_idx)
         chosen = "eager" if output_attentions else chosen_attention(self.config)
         if callable(chosen):
-            mask, scale = chosen_mask(self.config, visible, query.dtype), self.head_size**-0.5
-            context, weights = chosen(self, query, key, value, mask, dropout=0.0, scaling=scale, is_causal=False)
+            options = {"dropout": 0.0, "scaling": self.head_size**-0.5, "is_causal": False}
+            context, weights = chosen(self, query, key, value, visible, **options)
         elif chosen == "eager":
             context, weights = eager_attention(query, key, value, visible)
         else:
@@ -322,11 +317,6 @@ class ChatGLMPreTrainedModel(VersionedModel):
 
     def __init__(self, config: ChatGLMConfig, *args, **kwargs):
         config.check_values()  # fields may have been changed since the configuration was made
-        if config.num_image_tokens:
-            warn_once(
-                f"this checkpoint still holds {config.num_image_tokens} image-token rows that no text uses: "
-                "`python slim.py SOURCE OUTPUT` makes the same model without them"
-            )
         super().__init__(config, *args, **kwargs)
 
     @classmethod
@@ -352,21 +342,17 @@ class ChatGLMPreTrainedModel(VersionedModel):
         return self.config.position_encoding_2d
 
     def get_masks(self, input_ids: Tensor, device) -> Tensor:
-        """The official mask of whole sequences, as `forward` derives it: [B, 1, S, S] bool, True for hidden. Raises a
-        ValueError for a row without <sop>."""
+        """The official mask of whole sequences, as `forward` derives it: [B, 1, S, S] bool, True for hidden."""
         ids = input_ids.to(device)
         anything = torch.zeros_like(ids[:, :1])  # what the answer fills does not matter here
         geometry = find_geometry(ids, self.config, filled=(anything, anything))
         return hidden_keys(geometry, None, 0, ids.shape[1], ids.shape[1], ids.device)
 
     def get_position_ids(self, input_ids: Tensor, mask_positions, device, use_gmasks=None) -> Tensor:
-        """Positions of whole sequences, as `forward` derives them, but with the places that the answers fill given.
+        """The official positions of whole sequences, as `forward` derives them: [B, 2, S], or [B, S] for 1-D models.
 
-        Args:
-            mask_positions: for each row the index of its [MASK] or [gMASK].
-            use_gmasks: for each row whether that is a [gMASK]; only 1-D models ask. None: none is.
-
-        Returns [B, 2, S]; [B, S] for 1-D models. Raises a ValueError for a row without <sop>.
+        mask_positions: for each row the index of the [MASK] or [gMASK] that the answer fills.
+        use_gmasks: for each row whether that is a [gMASK], which 1-D models ask; None: none is.
         """
         places = torch.as_tensor(mask_positions, device=device).view(-1, 1)
         is_gmask = torch.as_tensor([False] if use_gmasks is None else use_gmasks, device=device).view(-1, 1)
@@ -630,8 +616,6 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         loss = None
         if labels is not None:
             loss = shifted_cross_entropy(logits, labels, kwargs.get("num_items_in_batch")).to(logits.dtype)
-            if self.training and self.config.quantization_bit and torch.is_grad_enabled() and not loss.requires_grad:
-                warn_once(f"nothing of this INT{self.config.quantization_bit} model is trained: {FROZEN}")
         others = {name: value for name, value in output.items() if name != "last_hidden_state"}
         return as_asked(CausalLMOutputWithPast(loss, logits, **others), return_dict, self.config)
 
@@ -641,9 +625,6 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
     def generate(self, inputs: Tensor | None = None, *args, **kwargs):
         """Overridden to hand it a cache that grows in place, and official masks in a form that it lets pass; refuses
         what runs the model on less than a whole prompt, or on copies of the cache with other rows."""
-        adapter = getattr(getattr(self.prepare_inputs_for_generation, "__self__", None), "active_peft_config", None)
-        if getattr(adapter, "is_prompt_learning", False):
-            raise ValueError(P_TUNING)
         penalty, guidance = (chosen_setting(self, args, kwargs, name) for name in ("penalty_alpha", "guidance_scale"))
         if penalty:
             raise ValueError(f"penalty_alpha = {penalty}: contrastive search is not served; sample, or take num_beams")
