@@ -100,3 +100,9 @@ def test_a_quantized_model_saved_before_its_first_answer_comes_back_equal(settin
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", trust_remote_code=True).eval()
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_transformers_refuses_to_save_a_model_of_quanto(tmp_path):
+    _, model = load(dtype=torch.bfloat16, quantization_config=quanto_8())
+    with pytest.raises(ValueError, match="not serializable"):
+        model.save_pretrained(tmp_path)
