@@ -71,6 +71,9 @@ def port(folder):
         log_to_driver=False,
         runtime_env={"env_vars": environment},
         _node_ip_address="127.0.0.1",
+        _system_config={
+            "health_check_timeout_ms": 600_000
+        },  # a machine that stands still for a minute is none that died
     )
     options = ["--model", str(TINY), "--max-length", "100000", "--places", "10000000"]
     front = replicas.make_front(replicas.deploy(options, 2, 0.5, Telling), api.parse([]))
