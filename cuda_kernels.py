@@ -12,6 +12,7 @@ Notation: M rows of activations, N output features, K input features, G groups o
 from __future__ import annotations
 
 import builtins
+import contextlib
 import ctypes
 import ctypes.util
 import functools
@@ -390,35 +391,46 @@ class _Kernels:
 
     def __init__(self, cpm: types.SimpleNamespace, device: torch.device, cubin: bytes):
         self._cpm, self._device = cpm, device
-        self._set_device = functools.partial(cpm.cudart.cudaSetDevice, device.index or 0)  # of a runtime of its own
-        with cuda.device(device):
-            self._set_device()
+        with self._device_set():
             cpm.cudart.cudaFree(None)  # makes the device's context, if nothing has
+            self._context = cpm.cuda.cuCtxGetCurrent().value
             module = cpm.cuda.cuModuleLoadData(cubin)  # here, not at the first product: the driver may refuse it
         self._function = functools.cache(functools.partial(cpm.cuda.cuModuleGetFunction, module))
+
+    @contextlib.contextmanager
+    def _device_set(self) -> Iterator[None]:
+        """This is torch's current device and, as cpm_kernels may have a cudart of its own, that one's, too."""
+        with cuda.device(self._device):
+            self._cpm.cudart.cudaSetDevice(self._device.index or 0)
+            yield
 
     def linear(self, matrix: _Matrix, bits: int, x: Tensor, y: Tensor) -> None:
         m, tile = x.shape[0], 1 if x.shape[0] == 1 else 4
         blocks = -(-matrix.rows // _LINEAR_ROWS) * -(-m // tile)
         name = f"linear{bits}_{_ELEMENTS[x.dtype]}_{tile}"
-        self._launch(name, blocks, _LINEAR_THREADS, matrix, x, y, ctypes.c_int32(m))
+        self._launch(name, blocks, _LINEAR_THREADS, matrix, _pointer(x), _pointer(y), ctypes.c_int32(m))
 
     def dequantize(self, matrix: _Matrix, bits: int, out: Tensor) -> None:
-        self._launch(f"dequantize{bits}_{_ELEMENTS[out.dtype]}", matrix.rows, _ROW_THREADS, matrix, out)
+        name = f"dequantize{bits}_{_ELEMENTS[out.dtype]}"
+        self._launch(name, matrix.rows, _ROW_THREADS, matrix, _pointer(out))
 
     def quantize(self, weight: Tensor, bits: int, packed: Tensor, scale: Tensor) -> None:
         name, (rows, columns) = f"quantize{bits}_{_ELEMENTS[weight.dtype]}", weight.shape
-        self._launch(name, rows, _ROW_THREADS, weight, packed, scale, ctypes.c_int32(columns))
+        pointers = [_pointer(tensor) for tensor in (weight, packed, scale)]
+        self._launch(name, rows, _ROW_THREADS, *pointers, ctypes.c_int32(columns))
 
-    def _launch(self, name: str, blocks: int, threads: int, *arguments: Tensor | ctypes.Structure | ctypes.c_int32):
+    def _launch(self, name: str, blocks: int, threads: int, *arguments: ctypes.Structure | ctypes._SimpleCData):
         if not blocks:  # a matrix without elements needs no launch, and CUDA refuses an empty one
             return
-        values = [ctypes.c_void_p(item.data_ptr()) if isinstance(item, Tensor) else item for item in arguments]
-        addresses = [ctypes.addressof(value) for value in values]
-        with cuda.device(self._device):
-            self._set_device()
+        is_current = self._cpm.cuda.cuCtxGetCurrent().value == self._context  # not so in new threads; it is asked
+        with contextlib.nullcontext() if is_current else self._device_set():  # because setting costs half a launch
             function, stream = self._function(name), cuda.current_stream(self._device).cuda_stream
+            addresses = [ctypes.addressof(argument) for argument in arguments]
             self._cpm.cuda.cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, 0, stream, addresses)
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
 
 
 # ---- Loading, once, at the first use --------------------------------------------------------------------------------

@@ -5,8 +5,9 @@
 This prints, for the GPU at hand: whether compression, extraction and products are right; the time of a first use and
 of a launch; for each matrix of the 6B model and several numbers of rows the time of the fused product and its GB/s
 beside a copy on the same device, the dequantize-then-matmul way, a 16-bit matmul, PyTorch's own products with INT4
-(bfloat16, groups of 128) and INT8 weights and, where it is installed, bitsandbytes' (NF4, LLM.int8); and of the model
-with random weights, as far as memory allows, the tokens/s of decoding, alone and in batches, and the time of prompts.
+(bfloat16, groups of 128) and INT8 weights and, where they are installed, bitsandbytes' (NF4, LLM.int8) and gemlite's
+(groups of 128; it tunes itself at each new size, for minutes); and of the model with random weights, as far as memory
+allows, the tokens/s of decoding, alone and in batches, and the time of prompts.
 Without an NVIDIA GPU it says so and exits with 2; if a number is wrong it exits with 1.
 """
 
@@ -157,6 +158,7 @@ class Product(NamedTuple):
     plain: float
     of_torch: float | None
     of_bitsandbytes: float | None
+    of_gemlite: float | None
     bytes: int  # of the quantized weight
 
 
@@ -166,7 +168,8 @@ def products(clock: Clock) -> Iterator[Product]:
         for bits in (8, 4):
             weights = list(quantized_copies(shape, bits, clock.device))
             sizes = (shape, bits, len(weights), clock.device)
-            peers = [peer_or_failing(make, *sizes) for make in (products_of_torch, products_of_bitsandbytes)]
+            makers = (products_of_torch, products_of_bitsandbytes, products_of_gemlite)
+            peers = [peer_or_failing(make, *sizes) for make in makers]
             for m in ROWS:
                 x = torch.randn(m, shape[1], device=clock.device).half()
                 yield timed_product(clock, name, bits, x, weights, plain, peers)
@@ -182,7 +185,7 @@ def timed_product(
         return F.linear(x, cuda_kernels.dequantize(*weights[i % len(weights)], bits, x.dtype))
 
     is_fused = x.shape[0] <= cuda_kernels.FUSED_ROWS
-    of_torch, of_bitsandbytes = (seconds_of_peer(clock, peer, x) for peer in peers)
+    of_torch, of_bitsandbytes, of_gemlite = (seconds_of_peer(clock, peer, x) for peer in peers)
     return Product(
         matrix=name,
         bits=bits,
@@ -192,6 +195,7 @@ def timed_product(
         plain=clock.seconds(lambda i: F.linear(x, plain[i % len(plain)])),
         of_torch=of_torch,
         of_bitsandbytes=of_bitsandbytes,
+        of_gemlite=of_gemlite,
         bytes=weights[0][0].numel(),
     )
 
@@ -231,6 +235,23 @@ def products_of_bitsandbytes(shape: tuple[int, int], bits: int, count: int, devi
     return lambda i, x: layers[i % count](x)
 
 
+def products_of_gemlite(shape: tuple[int, int], bits: int, count: int, device: torch.device) -> Peer:
+    """gemlite's Triton kernels for float16 rows, with random weights: INT8 by rows, INT4 in groups."""
+    from gemlite.helper import A16W8, A16Wn
+
+    def layer():
+        if bits == 8:
+            weight = torch.randint(-128, 128, shape, dtype=torch.int8, device=device)
+            return A16W8(str(device), torch.float16).from_weights(weight, scales=torch.rand(shape[0], 1).half())
+        values = torch.randint(0, 16, shape, dtype=torch.uint8, device=device)
+        scales = torch.rand(values.numel() // GROUP, 1, device=device).half()
+        zeros = torch.full_like(scales, 8)
+        return A16Wn(str(device), torch.float16).from_weights(values, scales, zeros, bits, GROUP)
+
+    layers = [layer() for _ in range(count)]
+    return lambda i, x: layers[i % count](x)
+
+
 def peer_or_failing(make: Callable[..., Peer], *sizes) -> Peer:
     try:
         return make(*sizes)
@@ -261,15 +282,15 @@ def name_once(what: str) -> None:
 def product_table(measured: Iterator[Product], bandwidth: float) -> Iterator[str]:
     yield (
         "| matrix | bits | rows | fused µs | GB/s | of a copy | dequantize + matmul µs | 16-bit matmul µs "
-        "| PyTorch's own µs | bitsandbytes µs |"
+        "| PyTorch's own µs | bitsandbytes µs | gemlite µs |"
     )
-    yield "|---" * 10 + "|"
+    yield "|---" * 11 + "|"
     for product in measured:
         fused = ["–"] * 3
         if product.fused is not None:
             speed = product.bytes / product.fused
             fused = [f"{product.fused * 1e6:.1f}", f"{speed / 1e9:.0f}", f"{speed / bandwidth:.0%}"]
-        others = [product.dequantized, product.plain, product.of_torch, product.of_bitsandbytes]
+        others = [product.dequantized, product.plain, *product[6:9]]
         others = ["–" if seconds is None else f"{seconds * 1e6:.1f}" for seconds in others]
         yield "| " + " | ".join([product.matrix, str(product.bits), str(product.rows), *fused, *others]) + " |"
 
@@ -338,8 +359,8 @@ def model_table(clock: Clock, free: float, **sizes) -> Iterator[str]:
     """Of each way to store and to multiply the weights: tokens/s, seconds of prompts, memory."""
     heads = [f"{sequences} x {context}: tokens/s" for sequences, context in DECODED]
     heads += [f"prompt of {length}: ms" for length in PROMPTS]
-    yield "| weights | products | " + " | ".join(heads) + " | peak GB |"
-    yield "|---" * (3 + len(heads)) + "|"
+    yield "| weights | products | " + " | ".join(heads) + " | peak GB of one answer | of all |"
+    yield "|---" * (4 + len(heads)) + "|"
     for bits, kind in (
         (16, "matmul"),
         (8, "fused"),
@@ -360,9 +381,16 @@ def model_figures(clock: Clock, bits: int, kind: str, **sizes) -> list[str]:
         torch.cuda.reset_peak_memory_stats(clock.device)
     model = random_model(bits, clock.device, **sizes)
     with fused_rows(cuda_kernels.FUSED_ROWS if kind == "fused" else 0):
+        seconds_of_answers(model, clock, 1, 1024, NEW_TOKENS)
+        peaks = [peak_gigabytes(clock)]
         figures = [f"{tokens_per_second(model, clock, *decoded):.1f}" for decoded in DECODED]
         figures += [f"{1e3 * seconds_of_prompt(model, clock, length):.1f}" for length in PROMPTS]
-    return [*figures, f"{torch.cuda.max_memory_allocated(clock.device) / 1e9 if on_gpu else 0:.1f}"]
+    return [*figures, *peaks, peak_gigabytes(clock)]
+
+
+def peak_gigabytes(clock: Clock) -> str:
+    on_gpu = clock.device.type == "cuda"
+    return f"{torch.cuda.max_memory_allocated(clock.device) / 1e9:.1f}" if on_gpu else "–"
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
     python finetune/memory.py --method lora --bits 4
 
-prints peak memory and seconds a step; `--layers 2 4` for parts of it.
+prints peak memory and seconds a step, on the first GPU if there is one; `--layers 2 4` for parts of it.
 """
 
 from __future__ import annotations
@@ -57,8 +57,9 @@ def peak_memory() -> float | None:
     return round(held / 2**30, 2) or None
 
 
-def measure(method: str, bits: int, layers: int, tokens: int, steps: int, answers) -> None:
+def measure(method: str, bits: int, layers: int, tokens: int, steps: int, device: str, answers) -> None:
     torch.manual_seed(0)
+    torch.set_default_device(device)
     model = random_model(layers, bits, 128 if method == "ptuning" else None)
     model = trainable(model, method).train()
     model.gradient_checkpointing_enable()
@@ -74,6 +75,8 @@ def measure(method: str, bits: int, layers: int, tokens: int, steps: int, answer
         model(ids, labels=labels, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
     answers.put((peak_memory(), min(seconds), sum(parameter.numel() for parameter in trained)))
 
@@ -85,11 +88,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[28])
     parser.add_argument("--tokens", type=int, default=128, help="of the sequence, half of them the answer's")
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     for layers in options.layers:  # each in a process of its own, or peaks would add up
         answers = context.Queue()
-        words = (options.method, options.bits, layers, options.tokens, options.steps, answers)
+        words = (options.method, options.bits, layers, options.tokens, options.steps, options.device, answers)
         process = context.Process(target=measure, args=words)
         process.start()
         peak, seconds, trained = answers.get()

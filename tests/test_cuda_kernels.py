@@ -582,6 +582,30 @@ def test_a_runtime_library_of_its_own_does_not_send_cpm_kernels_to_another_gpu(e
 
 
 @needs_compilers
+def test_the_device_is_set_once_a_thread_and_left_as_it_was_found(emulated, unchecked):
+    """A new thread has no context; from its first product on the device is asked for, and not set again."""
+
+    def products():
+        before = emulated.emulatedDevicesSet()
+        for _ in range(3):
+            checks.check_linear(kernels, 1, 3, 64, 8, 1, torch.float16, torch.float16)
+        sets.append(emulated.emulatedDevicesSet() - before)
+
+    sets, kernels = [], cuda_kernels._load_or_warn(torch.device("cuda", 0))
+    products()
+    thread = threading.Thread(target=products)
+    thread.start()
+    thread.join()
+    to_and_back = 3  # by torch, by cpm_kernels, and back by torch
+    assert sets == [0, to_and_back]
+    elsewhere = cuda_kernels._load_or_warn(torch.device("cuda", 1))
+    checks.check_linear(elsewhere, 1, 3, 64, 8, 1, torch.float16, torch.float16)
+    device = ctypes.c_int()
+    emulated.cudaGetDevice(ctypes.byref(device))
+    assert (emulated.emulatedLastDevice(), device.value) == (1, 0)
+
+
+@needs_compilers
 def test_two_gpus_of_a_kind_are_compiled_for_once(compiling, unchecked):
     first, second = (cuda_kernels._load_or_warn(torch.device("cuda", index)) for index in (0, 1))
     assert first is not None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -172,3 +173,47 @@ def test_a_stream_and_a_batch_answer_on_the_gpu_in_half_precision(tokenizer):
     inputs = tokenizer(["你好", "你好"], return_tensors="pt", padding=True).to("cuda")
     first, second = model.generate(**inputs, do_sample=False, max_length=40)
     assert torch.equal(first, second)
+
+
+def test_products_in_new_threads_are_those_of_the_first():
+    """A new thread has no CUDA context until something makes one current there."""
+    weight, scale = (tensor.cuda() for tensor in checks.random_weight(64, 4096, 4, 1, torch.float16))
+    x, found = torch.randn(1, 4096, device="cuda").half(), []
+    expected = cuda_kernels.linear(x, weight, scale, 4)
+    for _ in range(8):
+        thread = threading.Thread(target=lambda: found.append(cuda_kernels.linear(x, weight, scale, 4)))
+        thread.start()
+        thread.join()
+    assert len(found) == 8
+    assert all(torch.equal(y, expected) for y in found)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_under_autocast_a_quantized_layer_computes_in_its_type_for_any_number_of_rows(bits, rows):
+    layer = QuantizedLinear.from_linear(torch.nn.Linear(4096, 24, bias=False).cuda(), bits)
+    x = torch.randn(rows, 4096, device="cuda")
+    for dtype in (torch.float16, torch.bfloat16):
+        expected = layer(x.to(dtype))
+        with torch.no_grad(), torch.autocast("cuda", dtype):
+            y = layer(x)
+        assert y.dtype == dtype
+        assert torch.equal(y, expected)
+        with torch.autocast("cuda", dtype):  # with gradients
+            y = layer(x.clone().requires_grad_())
+        assert y.dtype == dtype
+        torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("bits", [0, 8, 4])
+def test_rows_of_different_lengths_answer_as_alone(tokenizer, bits):
+    model = AutoModel.from_pretrained(str(TINY), trust_remote_code=True).float().eval()
+    model = (model.quantize(bits) if bits else model).cuda()
+    queries = ["你好", "早上好", "Where are you?", "晚上睡不着怎么办"]
+    options = {"do_sample": False, "max_new_tokens": 24}
+    inputs = tokenizer(queries, return_tensors="pt", padding=True).to("cuda")
+    together = tokenizer.batch_decode(model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :])
+    for query, answer in zip(queries, together):
+        alone = tokenizer(query, return_tensors="pt").to("cuda")
+        ids = model.generate(**alone, **options)[0, alone["input_ids"].shape[1] :]
+        assert answer.replace("<pad>", "").startswith(tokenizer.decode(ids)), query

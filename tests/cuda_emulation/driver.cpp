@@ -24,7 +24,7 @@ const Kernel kernels[] = {
 #include "names.inc"
 };
 
-enum Status { SUCCESS = 0, INVALID_VALUE = 1, INVALID_IMAGE = 200, INVALID_HANDLE = 400, NOT_FOUND = 500 };
+enum Status { SUCCESS = 0, INVALID_VALUE = 1, INVALID_IMAGE = 200, INVALID_CONTEXT = 201, INVALID_HANDLE = 400, NOT_FOUND = 500 };
 
 struct Module {
     std::string image;
@@ -36,8 +36,10 @@ struct Function {
 };
 
 thread_local int currentDevice = 0;
+thread_local bool hasContext = false;  // as in a new thread, until it calls the runtime
+char contexts[64];  // of the devices: their addresses
 std::mutex oneLaunchAtATime;
-struct { int count, device; void *stream; const char *kernel; } launches;
+struct { int count, device; void *stream; const char *kernel; int devicesSet; } launches;
 
 int environment(const char *name, int otherwise) {
     const char *value = getenv(name);
@@ -70,13 +72,17 @@ API int cuGetErrorString(int error, const char **text) {
     switch (error) {
         case INVALID_VALUE: *text = "invalid argument"; break;
         case INVALID_IMAGE: *text = "device kernel image is invalid"; break;
+        case INVALID_CONTEXT: *text = "invalid device context"; break;
         case INVALID_HANDLE: *text = "invalid resource handle"; break;
         case NOT_FOUND: *text = "named symbol not found"; break;
         default: *text = "no kernel image is available for execution on the device";
     }
     return SUCCESS;
 }
-API int cuCtxGetCurrent(void **context) { *context = &currentDevice; return SUCCESS; }
+API int cuCtxGetCurrent(void **context) {
+    *context = hasContext ? &contexts[currentDevice] : nullptr;
+    return SUCCESS;
+}
 
 API int cuModuleLoadData(void **module, const void *image) {
     if (int error = environment("EMULATED_LOAD_ERROR", 0)) return error;
@@ -103,11 +109,12 @@ API int cuLaunchKernel(void *handle, unsigned gridX, unsigned gridY, unsigned gr
                        unsigned threadsY, unsigned threadsZ, unsigned, void *stream, void **arguments, void **) {
     const auto function = static_cast<Function *>(handle);
     const dim3 grid{gridX, gridY, gridZ}, shape{threadsX, threadsY, threadsZ};
+    if (!hasContext) return INVALID_CONTEXT;
     if (!function || function->device != currentDevice) return INVALID_HANDLE;
     if (!isLegal(grid, shape)) return INVALID_VALUE;
     const char *mode = getenv("EMULATED_LAUNCH");
     std::lock_guard<std::mutex> lock(oneLaunchAtATime);
-    launches = {launches.count + 1, currentDevice, stream, function->kernel->name};
+    launches = {launches.count + 1, currentDevice, stream, function->kernel->name, launches.devicesSet};
     if (!mode || strcmp(mode, "skip")) function->kernel->run(grid, shape, arguments);
     return SUCCESS;
 }
@@ -118,9 +125,14 @@ API int cudaRuntimeGetVersion(int *version) { *version = 13000; return SUCCESS; 
 API int cudaDriverGetVersion(int *version) { *version = 13000; return SUCCESS; }
 API int cudaGetDeviceCount(int *count) { *count = environment("EMULATED_DEVICES", 1); return SUCCESS; }
 API int cudaGetDevice(int *device) { *device = currentDevice; return SUCCESS; }
-API int cudaSetDevice(int device) { currentDevice = device; return SUCCESS; }
+API int cudaSetDevice(int device) {
+    ++launches.devicesSet;
+    currentDevice = device;
+    hasContext = true;
+    return SUCCESS;
+}
 API int cudaDeviceGetAttribute(int *value, int, int) { *value = 0; return SUCCESS; }
-API int cudaFree(void *) { return SUCCESS; }
+API int cudaFree(void *) { hasContext = true; return SUCCESS; }
 API int cudaGetLastError() { return SUCCESS; }
 API const char *cudaGetErrorString(int) { return "error of the emulated runtime"; }
 
@@ -135,3 +147,4 @@ API int emulatedLaunchCount() { return launches.count; }
 API int emulatedLastDevice() { return launches.device; }
 API void *emulatedLastStream() { return launches.stream; }
 API const char *emulatedLastKernel() { return launches.kernel; }
+API int emulatedDevicesSet() { return launches.devicesSet; }
