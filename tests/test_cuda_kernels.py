@@ -122,13 +122,13 @@ def kernels(emulated, ready, monkeypatch):
 
 @pytest.mark.once
 @needs_nvrtc
-def test_every_target_compiles_without_spills_and_with_at_most_96_registers():
+def test_every_target_compiles_without_spills_and_with_at_most_128_registers():
     results = list(nvrtc_table.compile_all(cuda_kernels.SOURCE))
     print("\n" + nvrtc_table.table(results))
     for result in results:
         assert set(result.registers) == set(build.kernel_names())
         assert not any(result.spilled.values()), f"NVRTC {result.nvrtc} spills on {result.target}: {result.spilled}"
-        assert max(result.registers.values()) <= 96
+        assert max(result.registers.values()) <= 128
     assert {"sm_75", "sm_80", "sm_86", "sm_89", "sm_90"} <= {result.target for result in results}
 
 
@@ -212,7 +212,7 @@ def test_extraction_equals_pytorch_bit_for_bit_for_every_scale_type_and_group(ke
 @pytest.mark.parametrize("bits", [8, 4])
 def test_products_stay_within_the_bound_for_every_number_of_rows(kernels, bits, dtype):
     for m in range(1, cuda_kernels.FUSED_ROWS + 1):
-        for rows, columns in ((1, 32), (9, 33 * checks.CHUNK[bits])):
+        for rows, columns in ((1, 32), (17, 33 * checks.CHUNK[bits])):
             checks.check_linear(kernels, m, rows, columns, bits, 1, dtype, dtype, at_end=m % 2 == 0)
 
 
@@ -293,9 +293,10 @@ def test_few_rows_are_fused_and_many_are_multiplied_with_the_dequantized_matrix(
         ((3, 7, 96), f"dequantize{bits}_float"),
     ):
         x = torch.randn(shape)
-        y = cuda_kernels.linear(x, weight, scale, bits)
-        assert emulated.emulatedLastKernel().decode() == kernel
-        torch.testing.assert_close(y, F.linear(x, matrix))
+        for bias in (None, torch.randn(24), torch.randn(24).half(), torch.randn(24, 2)[:, 0]):
+            y = cuda_kernels.linear(x, weight, scale, bits, bias)
+            assert emulated.emulatedLastKernel().decode() == kernel
+            torch.testing.assert_close(y, F.linear(x, matrix, bias if bias is None else bias.float()))
 
 
 @needs_compilers
@@ -375,8 +376,7 @@ def seam_on_cpu(kernels, no_kernels):
     """The seam of kernel_routes.py sends tensors of the CPU, too, to the kernels."""
 
     def linear(x, weight, scale, bits, bias=None, int8_activations=False):
-        y = None if bits == 16 else cuda_kernels.linear(x, weight, scale, bits)
-        return y if y is None or bias is None else y.add_(bias)
+        return None if bits == 16 else cuda_kernels.linear(x, weight, scale, bits, bias)
 
     no_kernels.linear, no_kernels.dequantize = linear, cuda_kernels.dequantize
 

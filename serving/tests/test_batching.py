@@ -48,7 +48,7 @@ class Record:
 
     def __call__(self, ids, scores, **options):
         self.ids = ids[0].tolist()
-        return torch.zeros(len(ids), dtype=torch.bool)
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
 
 def alone(model, tokenizer, job):

@@ -53,7 +53,7 @@ def check_dequantize(kernels, rows, columns, bits, groups, scale_dtype, dtype, a
 
 
 def check_linear(kernels, m, rows, columns, bits, groups, scale_dtype, dtype, at_end: bool = True) -> Tensor:
-    """The product, which has to be the float64 one within `product_bound`."""
+    """The product, which has to be the float64 one within `product_bound`, as has the one with a bias."""
     weight, scale = random_weight(rows, columns, bits, groups, scale_dtype)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(m, columns, generator=generator)
@@ -62,13 +62,17 @@ def check_linear(kernels, m, rows, columns, bits, groups, scale_dtype, dtype, at
     y = Guarded((m, rows), dtype, at_end)
     y.tensor.fill_(float("nan"))
     weight, scale = read_only(weight, at_end), read_only(scale, at_end)
-    kernels.linear(cuda_kernels._describe(weight, scale, bits), bits, read_only(x, at_end), y.tensor)
+    matrix, x = cuda_kernels._describe(weight, scale, bits), read_only(x, at_end)
     exact = exact_matrix(weight, scale, bits, dtype)
-    expected = x.double() @ exact.T
-    error = (y.tensor.double() - expected).abs()
-    bound = product_bound(x.double().abs() @ exact.abs().T, expected, columns, bits, dtype)
-    assert bool((error <= bound).all()), f"error {error.max():.3g}, {(error / bound).max():.3g} of the bound"
-    y.check_surroundings()
+    expected, magnitude = x.double() @ exact.T, x.double().abs() @ exact.abs().T
+    bias = read_only((torch.linspace(-1, 1, rows) * magnitude.mean()).to(dtype), at_end)
+    for added in (bias, None):
+        kernels.linear(matrix, bits, x, added, y.tensor)
+        plus = torch.zeros(rows) if added is None else added.double()
+        error = (y.tensor.double() - expected - plus).abs()
+        bound = product_bound(magnitude + plus.abs(), expected + plus, columns, bits, dtype)
+        assert bool((error <= bound).all()), f"error {error.max():.3g}, {(error / bound).max():.3g} of the bound"
+        y.check_surroundings()
     return y.tensor
 
 
@@ -83,10 +87,10 @@ def product_bound(magnitude: Tensor, expected: Tensor, columns: int, bits: int, 
     """Half a unit of the last place for the one rounding to `dtype`, plus what summing in float32 may cost.
 
     A weight times an activation is rounded once and added to at most CHUNK others by a lane, multiplied by the scale,
-    added to the lane's other chunks, then to 31 other lanes in 5 steps: each step may be off by 2^-24 of the sum of
-    the absolute values.
+    added to the lane's other chunks, to 31 other lanes in 5 steps, and to the bias: each step may be off by 2^-24 of
+    the sum of the absolute values.
     """
-    steps = 1 + CHUNK[bits] + 1 + -(-columns // (32 * CHUNK[bits])) + 5
+    steps = 1 + CHUNK[bits] + 1 + -(-columns // (32 * CHUNK[bits])) + 5 + 1
     summing = steps * 2.0**-24 * magnitude
     largest = (expected.abs() + summing).clamp(min=torch.finfo(dtype).smallest_normal)
     last_place = 2.0 ** (torch.floor(torch.log2(largest))) * torch.finfo(dtype).eps
@@ -111,8 +115,8 @@ def check_everything(kernels) -> None:
             for columns, groups in ((8, 1), (72, 1), (256, 8)):
                 check_dequantize(kernels, 3, columns, bits, groups, dtype, dtype)
             columns = 33 * CHUNK[bits]  # one lane has a second chunk
-            for m in (1, 3, 6):
-                check_linear(kernels, m, 9, columns, bits, 1, dtype, dtype)
+            for m, rows in ((1, 9), (3, 17), (6, 17)):  # a block of W and a row more
+                check_linear(kernels, m, rows, columns, bits, 1, dtype, dtype)
             check_linear(kernels, 2, 3, 256, bits, 8, dtype, dtype)
         for scale_dtype in FLOATS:
             check_linear(kernels, 1, 3, 64, bits, 1, scale_dtype, torch.float16)

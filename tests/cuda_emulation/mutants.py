@@ -70,7 +70,9 @@ MUTANTS = [
     Mutant("results written past the last row of x", "&& firstX + t < m)", ")"),
     Mutant("second round of a lane skipped", "column += 32 * CHUNK", "column += 64 * CHUNK"),
     Mutant("tiles of x mistaken for blocks of W", "blockIdx.x % tiles * TILE", "blockIdx.x % TILE * TILE"),
-    Mutant("results of two rows in one place", "* w.rows + firstRow + r, sum", "* w.rows + firstRow, sum"),
+    Mutant("results of two rows in one place", "* w.rows + firstRow + r, bias", "* w.rows + firstRow, bias"),
+    Mutant("bias of another row", "load(bias + rows[r])", "load(bias + r)"),
+    Mutant("bias left out", "bias ? sum + load(bias + rows[r]) : sum", "sum"),
     # threads
     Mutant("misaligned 128-bit load", "rows[r]) + column / (8 / BITS));", "rows[r]) + column / (8 / BITS) + 4);",
            sanitized=True),

@@ -28,7 +28,6 @@ def emulated(library: Path, capability: tuple[int, int] = (8, 0)) -> dict[str, A
     answers = {
         "device": on,
         "get_device_capability": lambda device: capability,
-        "current_stream": lambda device: SimpleNamespace(cuda_stream=STREAM),
         "OutOfMemoryError": OutOfMemoryError,
     }
-    return {"cuda": SimpleNamespace(**answers), "_DEVICE": "cpu", "_loaded": {}}
+    return {"cuda": SimpleNamespace(**answers), "_stream": lambda index: STREAM, "_DEVICE": "cpu", "_loaded": {}}
