@@ -18,8 +18,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from package import package_module
-
 IGNORED = -100  # label of a token without loss
 SHOWN = 10  # bad rows that are named
 
@@ -147,11 +145,11 @@ def encode(exchange: Exchange, tokenizer, sizes: Sizes = SIZES) -> Example:
 
 def context_of(exchange: Exchange, tokenizer, most: int) -> tuple[list[int], str]:
     """The prompt's ids with [gMASK], at most `most`; what was left out."""
-    chat = package_module("chat")
-    rounds = len(chat.starts_of_rounds(exchange.history))
-    for without in range(rounds + 1):
-        history = chat.without_oldest_rounds(exchange.history, without)
-        ids = tokenizer.build_chat_input_ids(exchange.query, history)[:-1]
+    history = exchange.history
+    rounds = [n for n, turn in enumerate(history) if not isinstance(turn, dict) or turn.get("role") == "user"]
+    system = history[: rounds[0]] if rounds else history  # stays
+    for without, start in enumerate([*rounds, len(history)]):
+        ids = tokenizer.build_chat_input_ids(exchange.query, [*system, *history[start:]])[:-1]
         if len(ids) <= most:
             return ids, "rounds" if without else ""
     return [*ids[: most - 1], ids[-1]], "query"

@@ -91,6 +91,11 @@ def test_the_oldest_rounds_go_first_then_the_end_of_the_query(tokenizer, capsys)
     fits = Sizes(source=len(newest) - 1, target=8)
     cut = encode(Exchange("and now", rounds, "yes", 7), tokenizer, fits)
     assert whole.lost == "" and cut.lost == "rounds" and cut.ids[: len(newest)] == newest
+    turns = [{"role": role, "content": text} for pair in rounds for role, text in zip(("user", "assistant"), pair)]
+    system = {"role": "system", "content": "be brief"}  # stays
+    newest = tokenizer.build_chat_input_ids("and now", [system, *turns[-4:]])
+    cut = encode(Exchange("and now", [system, *turns], "yes", 7), tokenizer, Sizes(len(newest) - 1, target=8))
+    assert cut.lost == "rounds" and cut.ids[: len(newest)] == newest
     long = Exchange("one two three four five six", rounds, "a b c d e f g h", 8)
     short = encode(long, tokenizer, Sizes(source=5, target=99))
     alone = tokenizer.build_chat_input_ids(long.query)
