@@ -12,6 +12,7 @@ Notation: M rows of activations, N output features, K input features, G groups o
 from __future__ import annotations
 
 import builtins
+import contextlib
 import ctypes
 import ctypes.util
 import functools
@@ -150,13 +151,14 @@ template <class T> __device__ __forceinline__ float scaleAt(const Matrix &w, int
     return rounded<T>(load((const float *)w.scale + i));
 }
 
-// ---- 3. y = x W^T for few rows of x --------------------------------------------------------------------------------
+// ---- 3. y = x W^T + bias for few rows of x -------------------------------------------------------------------------
 
 // A warp owns WARP_ROWS rows of W and TILE rows of x. A lane reads 128 bits of each row of W, then the activations
 // that meet them, and sums in float; the warp adds its lanes up at the end. columns is a multiple of CHUNK and a group
 // of scales at least one CHUNK. Neighbouring blocks take the same rows of W: one reads them from memory, the others
-// find them in the L2 cache.
-enum { LINEAR_THREADS = 128, WARP_ROWS = 2 };
+// find them in the L2 cache. INT4 meets more activations a byte, and more rows of W share their conversion: of an
+// H100's time for 4 and 8 rows four rows a warp save a third, of INT8's nothing. bias: a number a row of W, or null.
+enum { LINEAR_THREADS = 128 };
 
 __device__ __forceinline__ float warpSum(float sum) {
     UNROLL for (int distance = 16; distance; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
@@ -164,8 +166,8 @@ __device__ __forceinline__ float warpSum(float sum) {
 }
 
 template <class T, int BITS, int TILE>
-__device__ __forceinline__ void linear(const Matrix &w, const T *x, T *y, int m) {
-    enum { CHUNK = 128 / BITS };
+__device__ __forceinline__ void linear(const Matrix &w, const T *x, const T *bias, T *y, int m) {
+    enum { CHUNK = 128 / BITS, WARP_ROWS = BITS == 4 && TILE > 1 ? 4 : 2 };
     const int tiles = (m + TILE - 1) / TILE;
     const int firstX = blockIdx.x % tiles * TILE;
     const int lane = threadIdx.x % 32;
@@ -202,7 +204,7 @@ __device__ __forceinline__ void linear(const Matrix &w, const T *x, T *y, int m)
         UNROLL for (int t = 0; t < TILE; ++t) {
             const float sum = warpSum(sums[r][t]);
             if (lane == 0 && firstRow + r < w.rows && firstX + t < m)
-                store(y + (long long)(firstX + t) * w.rows + firstRow + r, sum);
+                store(y + (long long)(firstX + t) * w.rows + firstRow + r, bias ? sum + load(bias + rows[r]) : sum);
         }
 }
 
@@ -278,7 +280,7 @@ __device__ __forceinline__ void quantize(
 
 #define LINEAR(T, BITS, TILE) \
 extern "C" __global__ void __launch_bounds__(LINEAR_THREADS) linear##BITS##_##T##_##TILE( \
-    Matrix w, const T *x, T *y, int m) { linear<T, BITS, TILE>(w, x, y, m); }
+    Matrix w, const T *x, const T *bias, T *y, int m) { linear<T, BITS, TILE>(w, x, bias, y, m); }
 #define DEQUANTIZE(T, BITS) \
 extern "C" __global__ void dequantize##BITS##_##T(Matrix w, T *out) { dequantize<T, BITS>(w, out); }
 #define QUANTIZE(T, BITS) \
@@ -294,15 +296,16 @@ KERNELS(half, 4) KERNELS(bfloat16, 4) KERNELS(float, 4)
 
 _DEVICE = "cuda"  # type of the tensors that are served
 _ELEMENTS = {torch.float16: "half", torch.bfloat16: "bfloat16", torch.float32: "float"}  # as in enum ScaleType
-_LINEAR_THREADS, _LINEAR_ROWS = 128, 8  # a block: 4 warps, WARP_ROWS output features each
+_LINEAR_THREADS, _LINEAR_WARPS = 128, 4  # a block: WARP_ROWS output features a warp
 _ROW_THREADS = 256  # dequantize and quantize: a block for a row, QUANTIZE_THREADS
 _LOAD_BITS = 128  # what a lane of the product loads at once
 _ONE_GROUP = 31  # column >> 31 == 0: one scale per row
 
 
 # ---- What the other files call: None where PyTorch has to do it -----------------------------------------------------
-def linear(x: Tensor, weight: Tensor, scale: Tensor, bits: int) -> Tensor | None:
-    """x [..., K] in a float type of 16 or 32 bits, W [N, K] quantized, scale [N] or [N, G] of any such -> x @ W.T.
+def linear(x: Tensor, weight: Tensor, scale: Tensor, bits: int, bias: Tensor | None = None) -> Tensor | None:
+    """x [..., K] in a float type of 16 or 32 bits, W [N, K] quantized, scale [N] or [N, G] of any such, bias [N] or
+    none -> x @ W.T + bias.
 
     Up to FUSED_ROWS contiguous rows [M, K] are multiplied with the stored integers, exactly, summed in float32 and
     rounded once. All else is multiplied by cuBLAS with the dequantized matrix, which lives as long as the product.
@@ -310,16 +313,17 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bits: int) -> Tensor | None
     """
     if torch.is_grad_enabled() and x.requires_grad:
         return None
-    kernels = _kernels_for(x, weight, scale)
+    kernels = _kernels_for(x, weight, scale) if bias is None else _kernels_for(x, weight, scale, bias)
     matrix = _describe(weight, scale, bits) if kernels else None
     if matrix is None or x.dtype not in _ELEMENTS:
         return None
+    bias = bias if bias is None else bias.to(x.dtype).contiguous()
     if x.shape[-1] != matrix.columns:
         raise ValueError(f"x has {x.shape[-1]} columns, the {bits}-bit weight {matrix.columns}; they must be equal")
     if x.dim() != 2 or x.shape[0] > FUSED_ROWS or not _is_loadable(x, matrix, bits):
-        return F.linear(x, dequantize(weight, scale, bits, x.dtype))
+        return F.linear(x, dequantize(weight, scale, bits, x.dtype), bias)
     y = x.new_empty(x.shape[0], matrix.rows)
-    kernels.linear(matrix, bits, x, y)
+    kernels.linear(matrix, bits, x, bias, y)
     return y
 
 
@@ -390,35 +394,54 @@ class _Kernels:
 
     def __init__(self, cpm: types.SimpleNamespace, device: torch.device, cubin: bytes):
         self._cpm, self._device = cpm, device
-        self._set_device = functools.partial(cpm.cudart.cudaSetDevice, device.index or 0)  # of a runtime of its own
-        with cuda.device(device):
-            self._set_device()
+        with self._device_set():
             cpm.cudart.cudaFree(None)  # makes the device's context, if nothing has
+            self._context = cpm.cuda.cuCtxGetCurrent().value
             module = cpm.cuda.cuModuleLoadData(cubin)  # here, not at the first product: the driver may refuse it
         self._function = functools.cache(functools.partial(cpm.cuda.cuModuleGetFunction, module))
 
-    def linear(self, matrix: _Matrix, bits: int, x: Tensor, y: Tensor) -> None:
+    @contextlib.contextmanager
+    def _device_set(self) -> Iterator[None]:
+        """This is torch's current device and, as cpm_kernels may have a cudart of its own, that one's, too."""
+        with cuda.device(self._device):
+            self._cpm.cudart.cudaSetDevice(self._device.index or 0)
+            yield
+
+    def linear(self, matrix: _Matrix, bits: int, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
         m, tile = x.shape[0], 1 if x.shape[0] == 1 else 4
-        blocks = -(-matrix.rows // _LINEAR_ROWS) * -(-m // tile)
+        warp_rows = 4 if bits == 4 and tile > 1 else 2
+        blocks = -(-matrix.rows // (_LINEAR_WARPS * warp_rows)) * -(-m // tile)
         name = f"linear{bits}_{_ELEMENTS[x.dtype]}_{tile}"
-        self._launch(name, blocks, _LINEAR_THREADS, matrix, x, y, ctypes.c_int32(m))
+        added = ctypes.c_void_p() if bias is None else _pointer(bias)
+        self._launch(name, blocks, _LINEAR_THREADS, matrix, _pointer(x), added, _pointer(y), ctypes.c_int32(m))
 
     def dequantize(self, matrix: _Matrix, bits: int, out: Tensor) -> None:
-        self._launch(f"dequantize{bits}_{_ELEMENTS[out.dtype]}", matrix.rows, _ROW_THREADS, matrix, out)
+        name = f"dequantize{bits}_{_ELEMENTS[out.dtype]}"
+        self._launch(name, matrix.rows, _ROW_THREADS, matrix, _pointer(out))
 
     def quantize(self, weight: Tensor, bits: int, packed: Tensor, scale: Tensor) -> None:
         name, (rows, columns) = f"quantize{bits}_{_ELEMENTS[weight.dtype]}", weight.shape
-        self._launch(name, rows, _ROW_THREADS, weight, packed, scale, ctypes.c_int32(columns))
+        pointers = [_pointer(tensor) for tensor in (weight, packed, scale)]
+        self._launch(name, rows, _ROW_THREADS, *pointers, ctypes.c_int32(columns))
 
-    def _launch(self, name: str, blocks: int, threads: int, *arguments: Tensor | ctypes.Structure | ctypes.c_int32):
+    def _launch(self, name: str, blocks: int, threads: int, *arguments: ctypes.Structure | ctypes._SimpleCData):
         if not blocks:  # a matrix without elements needs no launch, and CUDA refuses an empty one
             return
-        values = [ctypes.c_void_p(item.data_ptr()) if isinstance(item, Tensor) else item for item in arguments]
-        addresses = [ctypes.addressof(value) for value in values]
-        with cuda.device(self._device):
-            self._set_device()
-            function, stream = self._function(name), cuda.current_stream(self._device).cuda_stream
+        is_current = self._cpm.cuda.cuCtxGetCurrent().value == self._context  # not so in new threads; it is asked
+        with contextlib.nullcontext() if is_current else self._device_set():  # because setting costs half a launch
+            function, stream = self._function(name), _stream(self._device.index or 0)
+            addresses = [ctypes.addressof(argument) for argument in arguments]
             self._cpm.cuda.cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, 0, stream, addresses)
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _stream(device_index: int) -> int:
+    """torch.cuda.current_stream(...).cuda_stream, which takes a seventh of a product's time on the host; this is what
+    Triton asks."""
+    return torch._C._cuda_getCurrentRawStream(device_index)
 
 
 # ---- Loading, once, at the first use --------------------------------------------------------------------------------
@@ -489,7 +512,10 @@ def _compile(nvrtc: types.ModuleType, capability: tuple[int, int]) -> bytes:
 
 
 # ---- Checking, once on every GPU ------------------------------------------------------------------------------------
-_CHECKED_ROWS, _CHECKED_COLUMNS = 9, 33 * 32  # a block of the product and a row more; a warp's columns and a load more
+_CHECKED_ROWS, _CHECKED_COLUMNS = (
+    17,
+    33 * 32,
+)  # a block of the product and a row more; a warp's columns and a load more
 
 
 def _check(kernels: _Kernels, device: torch.device) -> None:
@@ -521,11 +547,12 @@ def _verdicts(kernels: _Kernels, device: torch.device, bits: int) -> Iterator[tu
     matrix, weight = _describe(stored, stored_scale, bits), unwritten(_CHECKED_ROWS, _CHECKED_COLUMNS)
     kernels.dequantize(matrix, bits, weight)
     yield "extraction", torch.equal(weight.cpu(), exact.half())
+    bias = torch.arange(_CHECKED_ROWS, dtype=torch.float32, device=cpu).cos().half()
     for m in (1, 5):  # one row in a tile; a full tile of four and one that is not
         x = torch.arange(m * _CHECKED_COLUMNS, dtype=torch.float32, device=cpu).sin().half().view(m, -1)
         y = unwritten(m, _CHECKED_ROWS)
-        kernels.linear(matrix, bits, x.to(device), y)
-        expected, magnitude = x.double() @ exact.T, x.double().abs() @ exact.abs().T
+        kernels.linear(matrix, bits, x.to(device), bias.to(device), y)
+        expected, magnitude = x.double() @ exact.T + bias.double(), x.double().abs() @ exact.abs().T
         is_near = (y.cpu() - expected).abs() <= 1e-3 * expected.abs() + 1e-5 * magnitude
         yield f"product of {m} rows", bool(is_near.all())
     again, again_scale = torch.zeros_like(stored), unwritten(_CHECKED_ROWS)

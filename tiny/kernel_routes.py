@@ -141,8 +141,9 @@ def product(
         if y is None and weight.device.type == "cpu" and weight.shape[0] * x.shape[-1] >= SMALLEST:
             y = product_of_torch(rows, weight, scale, bits, bias, copies)
     elif x.device.type == "cuda" and not is_tracing():
-        y = cuda_linear(rows, weight, scale, bits)
-        y = y if y is None or bias is None else y.add_(bias)
+        if torch.is_autocast_enabled("cuda"):
+            rows = rows.to(torch.get_autocast_dtype("cuda"))  # as F.linear would, however many there are
+        y = cuda_linear(rows, weight, scale, bits, bias)
     if y is None:
         y = F.linear(rows, dequantize_weight(weight, scale, bits, x.dtype), bias if bias is None else bias.to(x.dtype))
     return y.view(*x.shape[:-1], weight.shape[0])
