@@ -174,7 +174,7 @@ def test_commands_that_error_messages_name_as_a_cure_are_commands_of_slim():
     named = [
         line for file in files for line in re.findall(r"`python slim\.py ([^`]+)`", file.read_text(encoding="utf-8"))
     ]
-    assert len(named) >= 5
+    assert len(named) >= 4
     for line in named:
         options = slim.parser().parse_args(line.split())
         # What the Hub has is slim since April 2023, which slim.py refuses without --repackage.
