@@ -188,8 +188,7 @@ def quantize_model(
         warn_once("quantize(): empty_init, kernel_file and use_quantization_cache have no effect here")
     config, quantize_head = model.config, quantize_head or (bits if quantize_embeddings else False)
     check_request(config, bits, group_size, quantize_head)
-    if quantize_activations is not None:
-        check_field("quantize_activations", quantize_activations)
+    check_field("quantize_activations", quantize_activations or False)
     if bits and not config.quantization_bit:
         quantize_layers(model, bits, group_size, search)
         config.quantize_head = quantize_head
