@@ -48,7 +48,8 @@ def test_what_is_trained_on_the_gpu_answers_there_and_on_the_cpu(data, tmp_path,
 @pytest.mark.parametrize("mixed", ["bf16", "fp16"])
 @pytest.mark.parametrize("bits", ["0", "4"])
 def test_mixed_precision_learns_on_the_gpu(data, tmp_path, bits, mixed):
-    report = trained(data, tmp_path / "out", *RANK, "--bits", bits, "--mixed", mixed, "--gradient-checkpointing")
+    words = [*RANK, "--steps", "60", "--bits", bits, "--mixed", mixed, "--gradient-checkpointing"]
+    report = trained(data, tmp_path / "out", *words)
     assert report["after"]["task"] == 1, report
 
 
