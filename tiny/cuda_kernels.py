@@ -32,8 +32,8 @@ from torch import Tensor, cuda
 from torch.nn import functional as F
 
 # Up to this many rows the weights are read as they are, from memory once. Above it they are first written out in 16
-# bits for cuBLAS, which moves 5 (INT8) or 9 (INT4) times the bytes but multiplies on tensor cores: an H200 gains by
-# that from about 12 rows on (benchmarks/gpu_quantization.py).
+# bits for cuBLAS, which moves 5 (INT8) or 9 (INT4) times the bytes but multiplies on tensor cores: an H200 or an
+# H100 gains by that from 12 to 18 rows on (benchmarks/results).
 FUSED_ROWS = 8
 
 SOURCE = r"""
