@@ -276,7 +276,7 @@ def main() -> None:
         else serve(options.kind, options.model, options.slots)
     )
     with running as server:
-        asyncio.run(ask(server, "你好", 4))  # compiles what there is to compile
+        asyncio.run(ask(server, "你好", options.tokens if options.url else 4))  # compiles what there is to compile
         if options.soak:
             print(json.dumps(asyncio.run(soak(server, options.clients[0], options.soak, options.tokens)), indent=1))
             return
