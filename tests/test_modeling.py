@@ -515,7 +515,7 @@ def test_a_cache_whose_rows_a_caller_chose_asks_for_positions_and_a_cropped_one_
         again = model(whole[:, 9:10], past_key_values=cache, use_cache=True).logits
         assert_as_near(again, step, truth[:, 9:10], roundings(model.config))
     cache.reorder_cache(torch.tensor([1, 0]))
-    with pytest.raises(ValueError, match="does not know where its context ends"):
+    with pytest.raises(ValueError, match="nothing tells where the context of this cache ends"):
         model(whole[:, 10:], past_key_values=cache)
     places = model.get_position_ids(whole, [4, 4], "cpu")[[1, 0], :, 10:]
     mask = padding_mask(whole)[[1, 0]]
