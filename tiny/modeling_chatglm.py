@@ -513,8 +513,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             position_ids = self.checked_positions(position_ids, S)
         elif geometry is None:
             raise ValueError(
-                "past_key_values without position_ids: this cache does not know where its context ends; pass "
-                f"position_ids [B, 2, S] with it, or the Cache object that the model returned. {P_TUNING}"
+                "past_key_values without position_ids: nothing tells where the context of this cache ends; pass "
+                f"position_ids [B, 2, S] with it, or the cache that the model returned, not reordered. {P_TUNING}"
             )
         else:
             position_ids = position_ids_between(geometry, seen, S, self.config.position_encoding_2d)
