@@ -780,3 +780,36 @@ def test_chat_template_gives_the_ids_of_chat(base_tokenizer, cases):
         messages.append({"role": "user", "content": case["query"]})
         ids = base_tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
         assert list(ids if isinstance(ids, list) else ids["input_ids"]) == case["input_ids"]
+
+
+OTHER_CODE = """
+import json, logging, sys, torch
+from transformers import AutoModel, AutoTokenizer
+said = []
+logging.Handler.handle = lambda handler, record: said.append(record.getMessage())
+logging.getLogger().addHandler(logging.Handler())
+for folder in sys.argv[1:]:
+    said.clear()
+    AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    warnings = [text for text in said if "code of another folder" in text]
+    print(json.dumps([model.process_response("[[训练时间]]"), warnings]))
+"""
+
+
+def test_a_folder_that_is_served_by_the_code_of_another_one_is_told_of(tmp_path, talker):
+    """Two folders of one name with different code in one process: transformers runs the first one's for both."""
+    folders = [tmp_path / place / "model" for place in ("first", "second", "copy")]
+    for folder in folders:
+        shutil.copytree(talker, folder)
+    code = (talker / "chat.py").read_text(encoding="utf-8")
+    (folders[1] / "chat.py").write_text(code.replace("2023年", "2222年"), encoding="utf-8")
+    command = [sys.executable, "-c", OTHER_CODE, *map(str, folders)]
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    first, second, copy = (json.loads(line) for line in done.stdout.splitlines()[-3:])
+    assert first == copy == ["2023年", []]
+    if second[0] == "2023年":  # not its own code
+        assert second[1] and all(f"{folders[1]} may be served" in message for message in second[1])
+        assert "chat.py" in second[1][0]  # 4.41 to 4.44 run the code again at each load, and so the warning
