@@ -273,6 +273,7 @@ class VersionedModel(PreTrainedModel):
         if not kwargs.get("state_dict"):
             check_weight_files(Path(path, kwargs.get("subfolder") or ""))
             cls.check_format(path, kwargs)
+        warn_of_other_code(path)
         if "dtype" not in kwargs and "torch_dtype" not in kwargs:
             renamed = any(hasattr(cls.config_class, name) for name in ("dtype", "torch_dtype"))  # 4.56
             kwargs["dtype" if renamed else "torch_dtype"] = "auto"
@@ -362,6 +363,22 @@ def fill_missing(model: PreTrainedModel) -> None:
             module.to_empty(device=device, recurse=False)
             model._init_weights(module)
             module._parameters.update(loaded)
+
+
+# As this process imported it: transformers' copies are replaced by those of the next folder of the same name, and 4.4x
+# runs this file again.
+CODE = globals().get("CODE") or {file.name: file.read_bytes() for file in Path(__file__).parent.glob("*.py")}
+
+
+def warn_of_other_code(folder) -> None:
+    """Folders of one name share what transformers imports for the first of them in a process, wholly or in part."""
+    files = [Path(folder, name) for name in sorted(CODE) if __name__.startswith("transformers_modules.")]
+    other = [file.name for file in files if file.is_file() and file.read_bytes() != CODE[file.name]]
+    if other:
+        warn_once(
+            f"{folder} may be served by the code of another folder of that name, whose {', '.join(other)} this "
+            "process has imported before: load it in a process of its own, or give the folder a name of its own"
+        )
 
 
 def check_weight_files(folder: Path) -> None:
