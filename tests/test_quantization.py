@@ -87,6 +87,20 @@ def test_zero_rows_give_zeros():
         assert torch.equal(back[2], torch.zeros(32).half()) and torch.isfinite(back).all()
 
 
+@pytest.mark.parametrize("group_size", [0, 32])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_weight_that_is_unpacked_in_parts_gives_the_product_of_the_whole(monkeypatch, bits, group_size):
+    monkeypatch.setattr(kernel_routes, "ROWS_AT_ONCE", 8)
+    rows = 3 * kernel_routes.ROWS_AT_ONCE - 5
+    weight = torch.arange(rows * 64 * bits // 8).mul(37).to(torch.int8).view(rows, -1)
+    scale = 2.0 ** torch.arange(-rows, 0).float()  # whole numbers times powers of two: no order of sums rounds
+    scale = scale[:, None].expand(-1, 64 // group_size).contiguous() if group_size else scale
+    x, bias = torch.arange(-96, 96).float().view(3, 64), 2.0 ** torch.arange(-rows, 0).float()
+    whole = torch.nn.functional.linear(x, dequantize_weight(weight, scale, bits, torch.float32), bias)
+    assert torch.equal(kernel_routes.product_of_unpacked(x, weight, scale, bits, bias), whole)
+    assert torch.equal(kernel_routes.product_of_unpacked(x, weight, scale, bits, None), whole - bias)
+
+
 def test_groups_and_searched_scales_lower_the_error():
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(2))
 
