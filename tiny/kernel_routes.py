@@ -9,6 +9,7 @@ others have to give. Nothing but plain PyTorch is used where somebody watches or
 from __future__ import annotations
 
 import functools
+import itertools
 import platform
 
 import torch
@@ -27,6 +28,7 @@ from .cuda_kernels import linear as cuda_linear
 API_LEVEL = 2  # of chatglm_cpu, the least that this file asks for
 INSTALL = "`pip install ./cpu` in a clone of the ChatGLM-6B-Slim repository installs it"
 TORCH_ROWS = 64  # of x, up to which PyTorch's own products beat unpacking the weight for a matmul
+ROWS_AT_ONCE = 512  # of a weight that is unpacked, which stay in the cache until they are multiplied
 ALIGNMENT = 16  # bytes, without which PyTorch's INT8 product crashes for several rows
 SMALLEST = 1 << 20  # weights of a matrix; below, unpacking takes 3 ms at most, and rounds nothing to bfloat16
 INT4_GROUPS = (256, 128, 64, 32)  # columns a scale that PyTorch's INT4 product knows
@@ -145,8 +147,17 @@ def product(
             rows = rows.to(torch.get_autocast_dtype("cuda"))  # as F.linear would, however many there are
         y = cuda_linear(rows, weight, scale, bits, bias)
     if y is None:
-        y = F.linear(rows, dequantize_weight(weight, scale, bits, x.dtype), bias if bias is None else bias.to(x.dtype))
+        y = product_of_unpacked(rows, weight, scale, bits, bias)
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def product_of_unpacked(x: Tensor, weight: Tensor, scale: Tensor, bits: int, bias: Tensor | None) -> Tensor:
+    """A matmul with the dequantized weight; on a CPU with ROWS_AT_ONCE rows of it after another."""
+    at_once = ROWS_AT_ONCE if weight.device.type == "cpu" and not is_tracing() else max(len(weight), 1)
+    biases = itertools.repeat(None) if bias is None else bias.to(x.dtype).split(at_once)
+    parts = zip(weight.split(at_once), scale.split(at_once), biases)
+    products = [F.linear(x, dequantize_weight(rows, scale, bits, x.dtype), bias) for rows, scale, bias in parts]
+    return products[0] if len(products) == 1 else torch.cat(products, dim=1)
 
 
 class FrozenProduct(torch.autograd.Function):
