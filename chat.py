@@ -1,4 +1,4 @@
-"""Chat: the prompt of a round, the text of an answer and its end, tokens on their way, and the three methods."""
+"""Chat: the text of an answer and its end, tokens on their way, and the three methods."""
 
 from __future__ import annotations
 
@@ -79,8 +79,10 @@ class Answer(StoppingCriteria):
         Stop strings are looked for in what is shown, so in the cleaned text, where more text can't change it.
         """
         raw = self.tokenizer.decode(ids[self.prompt_length :].tolist())
-        text = self.process_response(raw if finished else raw.rstrip(UNFINISHED))
-        searched = text if finished else settled(text)
+        raw = raw if finished else raw.rstrip(UNFINISHED)
+        text = self.process_response(raw)
+        blanks = raw[len(raw.rstrip()) :] if text else ""  # not shown yet, but they may be in a stop string
+        searched = text + blanks if finished else settled(text + blanks)
         ends = [searched.find(word) for word in self.stop if word in searched]
         return (text[: min(ends)].rstrip(), True) if ends else (text, False)
 

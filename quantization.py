@@ -86,6 +86,7 @@ class QuantizedLinear(nn.Module):
     def __init__(
         self, in_features: int, out_features: int, bits: int, group_size: int = 0, bias: bool = True, device=None
     ):
+        check_shape(in_features, bits, group_size)
         super().__init__()
         self.in_features, self.out_features, self.bits, self.group_size = in_features, out_features, bits, group_size
         self.copies: dict = {}
@@ -188,7 +189,7 @@ def quantize_model(
         warn_once("quantize(): empty_init, kernel_file and use_quantization_cache have no effect here")
     config, quantize_head = model.config, quantize_head or (bits if quantize_embeddings else False)
     check_request(config, bits, group_size, quantize_head)
-    check_field("quantize_activations", quantize_activations or False)
+    check_field("quantize_activations", False if quantize_activations is None else quantize_activations)
     if bits and not config.quantization_bit:
         quantize_layers(model, bits, group_size, search)
         config.quantize_head = quantize_head

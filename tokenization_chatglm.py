@@ -30,6 +30,7 @@ WHITESPACE = {NEWLINE: "\n", TAB: "\t", **{piece: run for run, piece in BLANKS.i
 BLANK_RUN = re.compile(" {2,80}")
 IMAGE_TOKEN = re.compile("<image_(0|[1-9][0-9]{0,8})>")
 
+OWN_NAMES = ("gmask_token", "end_token", "eop_token")  # in settings files of ChatGLM; the last in the first release's
 SPECIAL_TOKENS = {"bos": "<sop>", "eos": "<eop>", "unk": "<unk>", "pad": "<pad>", "mask": "[MASK]"}
 CLEANED_UP = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")  # lose their blanks
 AS_TEXT = dict.fromkeys(("tokenize", "return_dict", "return_assistant_tokens_mask", "continue_final_message"), False)
@@ -157,16 +158,19 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         vars(self).update(own)  # transformers >= 4.34 asks for the vocabulary while its own __init__ runs
         self.split_special_tokens = bool(kwargs.get("split_special_tokens", False))  # below 4.34, nobody else does
         tokens = {f"{name}_token": kwargs.pop(f"{name}_token", token) for name, token in SPECIAL_TOKENS.items()}
+        if None in (tokens["bos_token"], tokens["eos_token"]):
+            raise ValueError("bos_token or eos_token is None: every prompt needs <sop> and every answer <eop>.")
         if str(tokens["eos_token"]) == str(end_token):  # so the first release's settings; its answers end with <eop>
             tokens["eos_token"] = SPECIAL_TOKENS["eos"]
         # a special token swallows the white space beside it, as all of them did before transformers 4.34
         form = {"lstrip": True, "rstrip": True, "normalized": False}
         special = {name: token and AddedToken(str(token), **form) for name, token in tokens.items()}
         # 5.x gathers gmask_token and such of a settings file in a dict, to parse them in text and hide them in answers
-        kwargs.pop("model_specific_special_tokens", None)
-        extra = kwargs.pop("extra_special_tokens", None)  # in 5.0 that dict; or the user's, for 4.x by their old name
-        if isinstance(extra, (list, tuple)):
-            kwargs["additional_special_tokens"] = list(extra)
+        for group in ("model_specific_special_tokens", "extra_special_tokens"):
+            if isinstance(kwargs.get(group), dict):
+                kwargs[group] = {name: token for name, token in kwargs[group].items() if name not in OWN_NAMES}
+        if isinstance(kwargs.get("extra_special_tokens"), (list, tuple)):  # the user's, for 4.x by their old name
+            kwargs["additional_special_tokens"] = list(kwargs.pop("extra_special_tokens"))
         super().__init__(**special, **own, **kwargs)
         self.gmask_token, self.end_token = str(gmask_token), str(end_token)  # no special tokens to transformers
         self.gmask_token_id, self.end_token_id = map(self._convert_token_to_id, (self.gmask_token, self.end_token))
@@ -326,7 +330,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
         Raises ValueError for a conversation of another shape or with other roles, or a flag that does not fit its end.
         """
-        first = conversation[0] if conversation else None
+        first = conversation[0] if conversation and isinstance(conversation, (list, tuple)) else None
         is_batch = isinstance(first, (list, tuple)) and not (first and isinstance(first[0], str))
         conversations = [_messages(one) for one in (conversation if is_batch else [conversation])]
         if all(self._writes_prompt(chat_template, one, **options) for one in conversations):

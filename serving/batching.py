@@ -229,21 +229,23 @@ class Batch:
         """Tells the works of some of the prompts in `computing` what comes of them."""
         works = [work for ids in prompts for work in self.computing[ids]]
         compute = self._means if works and isinstance(works[0], Embedding) else self._prefill
+        again: Sequence[tuple[int, ...]] = ()
         try:
             results = compute(Prompts(prompts, self.model, lambda: self._between_layers(works))) if works else []
         except Gone:
             for work in works:
                 work.end("cancelled")
         except Exception as error:
-            if len(prompts) > 1 and self.stopped_by is None:  # nobody knows whose error that is
-                for ids in prompts:
-                    self._compute([ids])
-                return
-            for work in works:
-                work.end("error", error)
+            if len(prompts) > 1 and self.stopped_by is None:
+                again = prompts  # nobody knows whose error that is
+            else:
+                for work in works:
+                    work.end("error", error)
         else:
             for ids, result in zip(prompts, results):
                 self._deliver(self.computing[ids], result)
+        for ids in again:  # here, where the error no longer keeps what failed in memory
+            self._compute([ids])
 
     def _deliver(self, works: Sequence[Work], result: Prompt | Tensor) -> None:
         for work in works:

@@ -64,7 +64,7 @@ class Prompts:
     @property
     def last(self) -> Tensor:
         """Places of the prompts' last tokens."""
-        return torch.tensor([end - 1 for _, end in self.places], device=self.model.device)
+        return torch.tensor([end - 1 for _, end in self.places])
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0  # before the prompts

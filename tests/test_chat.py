@@ -279,6 +279,11 @@ def test_a_stop_string_cuts_what_is_shown_wherever_it_stands(tokenizer):
         assert length < len(ids) or stop not in whole[:-3]  # the marks before the last character settle with it
 
 
+def test_blanks_that_are_not_shown_yet_end_an_answer(tokenizer):
+    answer = Answer(tokenizer, 0, process_response, ["\n\n"])
+    assert answer.ended(torch.tensor(tokenizer.encode_text("Hi\n\n")), finished=False) == ("Hi", True)
+
+
 def test_full_width_marks_are_stop_strings(model, tokenizer):
     full, _ = model.chat(tokenizer, "介绍一下清华大学", do_sample=False)
     for stop in ("，", "：工"):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from chatglm_slim import compat
 from chatglm_slim.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_slim.tokenization_chatglm import ChatGLMTokenizer
 from rounding import assert_as_near, exact, roundings
@@ -117,6 +118,12 @@ def test_a_clone_without_git_lfs_is_told_of_in_one_line(name, tmp_path):
     with pytest.raises(OSError, match=f"{name} is a Git-LFS pointer: run `git lfs pull`") as error:
         ChatGLMForConditionalGeneration.from_pretrained(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_pointers_beside_the_weights_that_are_loaded_do_not_matter(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "pytorch_model.bin").write_bytes(POINTER)
+    compat.check_weight_files(tmp_path)
 
 
 def test_a_quantized_folder_loads_with_its_own_configuration_given_as_a_path(golden, tmp_path):

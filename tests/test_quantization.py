@@ -330,6 +330,8 @@ def test_activations_are_quantized_on_request_only_and_the_switch_is_saved(confi
 
     with pytest.raises(ValueError, match="quantize_activations = 'yes': use one of"):
         model.quantize(8, quantize_activations="yes")
+    with pytest.raises(ValueError, match="quantize_activations = 0: use one of"):
+        model.quantize(8, quantize_activations=0)
     model.quantize(8, quantize_head=True)
     assert wishes(model) == ({False}, False)
     with pytest.raises(ValueError, match="quantized already"):

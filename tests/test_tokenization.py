@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 import weakref
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -341,6 +342,30 @@ def test_plain_encoding_still_parses_control_tokens_as_the_original_does(tiny):
     spelled = tiny("a [MASK] b", split_special_tokens=True)["input_ids"]
     assert spelled == tiny.build_inputs_with_special_tokens(tiny.encode_text("a [MASK] b"))
     assert tiny.mask_token_id not in spelled
+
+
+def test_named_special_tokens_of_the_users_own_are_kept_and_those_of_chatglm_are_none(load, tiny_sp_model):
+    names = {"image_token": "<img>", "gmask_token": "[gMASK]", "end_token": "</s>", "eop_token": "<eop>"}
+    try:
+        tokenizer = load(tiny_sp_model, extra_special_tokens=names)
+    except (AttributeError, TypeError, ValueError):
+        pytest.skip(f"transformers {version('transformers')} knows no named special tokens")
+    if hasattr(tokenizer, "image_token"):
+        (own,) = tokenizer("<img>", add_special_tokens=False)["input_ids"]
+        assert own >= tokenizer.vocab_size and own in tokenizer.all_special_ids
+    assert tokenizer.gmask_token_id not in tokenizer("a [gMASK] b", add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("name", ["bos_token", "eos_token"])
+def test_no_prompt_can_do_without_its_start_and_end(load, tiny_sp_model, name):
+    with pytest.raises(ValueError, match="bos_token or eos_token is None"):
+        load(tiny_sp_model, **{name: None})
+
+
+@pytest.mark.parametrize("conversation", [{"role": "user", "content": "hi"}, 7])
+def test_what_is_no_conversation_is_named(tiny, conversation):
+    with pytest.raises(ValueError, match="not a list"):
+        tiny.apply_chat_template(conversation)
 
 
 def test_a_special_token_of_the_users_own_loads_by_either_name(load, tiny_sp_model):

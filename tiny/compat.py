@@ -367,7 +367,12 @@ def fill_missing(model: PreTrainedModel) -> None:
 
 # As this process imported it: transformers' copies are replaced by those of the next folder of the same name, and 4.4x
 # runs this file again.
-CODE = globals().get("CODE") or {file.name: file.read_bytes() for file in Path(__file__).parent.glob("*.py")}
+CODE = globals().get("CODE") or {
+    file.name: file.read_bytes()
+    for file in Path(__file__).parent.glob("*.py")
+    if file.name
+    not in ("tokenization_chatglm.py", "sentencepiece_file.py")  # which the tokenizer imports, maybe later
+}
 
 
 def warn_of_other_code(folder) -> None:
@@ -384,13 +389,13 @@ def warn_of_other_code(folder) -> None:
 def check_weight_files(folder: Path) -> None:
     """An OSError of one line for a local folder without weights, as this repository is, and for one that was cloned
     without Git LFS."""
-    files = [file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin")] if folder.is_dir() else None
-    if files == []:
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    if folder.is_dir() and not files:
         raise OSError(
             f"{folder}: this folder holds the code of ChatGLM-6B-Slim without weights: make a complete folder with "
             "`python slim.py THUDM/chatglm-6b OUTPUT --repackage`, or give from_pretrained a Hub id that has them"
         )
-    for file in files or ():
+    for file in files:
         with open(file, "rb") as opened:
             if opened.read(23) == b"version https://git-lfs":
                 raise OSError(f"{file} is a Git-LFS pointer: run `git lfs pull` in its folder, or download it again")

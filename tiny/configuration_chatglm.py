@@ -67,8 +67,8 @@ class ChatGLMConfig(PretrainedConfig):
         quantization_group_size: columns that share a scale; 0 for a whole row (the official format).
         quantize_head: embedding and head too: True or 8 for int8 rows, 4 for int4 (needs `quantization_bit`).
         quantization_embeddings: the official int4 code's name for the same, with the bits of the layers.
-        quantize_activations: CPUs with AVX-512 VNNI may round the activations of long inputs to int8, with a scale
-            for each 32 columns, before products with quantized weights: sooner, and a little less exact.
+        quantize_activations: chatglm_cpu, on CPUs with AVX-512 VNNI, may round the activations of long inputs to int8,
+            with a scale for each 32 columns, before products with quantized weights: sooner, and a little less exact.
         pre_seq_len, prefix_projection: P-tuning v2: length of the trained prefix (None: none), and its two-layer form.
         residual_scale: factor of the residual branch; None gives √56.
         code_version: the oldest code that reads the checkpoint as meant; None for this one.

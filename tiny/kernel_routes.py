@@ -126,7 +126,7 @@ def product(
     int8_activations: bool = False,
     copies: dict | None = None,
 ) -> Tensor:
-    """x [..., in] times the transposed INT8 or INT4 weight, plus bias -> [..., out] in x's dtype.
+    """x [..., in] times the transposed INT8 or INT4 weight, plus bias -> [..., out] in x's dtype, or autocast's.
 
     Routes: on a CPU, with nothing watched, the engine's `linear`, for contiguous weights with 4 n rows and 128 n
     columns, then for SMALLEST weights and more `product_of_torch`; on a GPU, not under torch.compile,
