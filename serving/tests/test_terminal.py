@@ -148,7 +148,8 @@ class Model:
         yield f"slowly heard {query!r}", [(query, query)]
 
 options = cli.parse(["--greedy", *sys.argv[3:]])
-cli.converse(cli.Conversation(None, Model(), options, cli.open_terminal(options.plain)))
+tokenizer = SimpleNamespace(build_chat_input_ids=lambda query, history: [0])
+cli.converse(cli.Conversation(tokenizer, Model(), options, cli.open_terminal(options.plain)))
 """
 
 
@@ -179,7 +180,16 @@ class Talk:
         self.terminal.wait_until(lambda: not self.settings()[3] & termios.ECHO, "a terminal that echoes nothing")
 
     def go_on(self, line: str = "go") -> None:
-        self.gate.write_text(f"{line}\n")
+        def is_told() -> bool:
+            try:  # fails while nobody reads, where it would wait for ever
+                gate = os.open(self.gate, os.O_WRONLY | os.O_NONBLOCK)
+            except OSError:
+                return False
+            with open(gate, "w") as file:
+                file.write(f"{line}\n")
+            return True
+
+        self.terminal.wait_until(is_told, "a program that waits at its gate")
 
 
 @pytest.mark.parametrize("options", [[], ["--plain"]], ids=["rich", "plain"])
