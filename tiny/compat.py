@@ -149,6 +149,8 @@ def cache_for_generate(model, arguments: tuple, options: dict):
     cache = given_cache(**{name: options.pop(name, None) for name in ("past_key_values", "cache")})
     use_cache, kind = (chosen_setting(model, arguments, options, n) for n in ("use_cache", "cache_implementation"))
     is_ours = cache is None and use_cache and not (kind or options.get("custom_generate"))
+    if is_ours and options.get("assistant_model") and not HAS_CACHES:  # it runs the model on tokens without positions
+        raise ValueError(f"assistant_model needs transformers 4.36 or newer, this is {transformers.__version__}")
     # 4.44 and older may share a cache with the assistant
     may_share = options.get("assistant_model") and not hasattr(GenerationMixin, "_prepare_cache_for_generation")
     if is_ours and not may_share:
