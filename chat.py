@@ -256,9 +256,11 @@ class ChatMixin:
         """How to read the answer, and the arguments of `generate`, for one round of chat."""
         for name in ("max_length", "max_new_tokens", "num_beams"):
             value = options.get(name)
-            if isinstance(value, str) or (value is not None and int(value) != value):
+            if value is None:
+                continue
+            if isinstance(value, str) or int(value) != value:
                 raise ValueError(f"{name} = {value!r} ({type(value).__name__}): give a whole number")
-            options.update({} if value is None else {name: int(value)})
+            options[name] = int(value)
         if options["max_length"] is None or options.get("max_new_tokens") is not None:
             del options["max_length"]
         prompt = torch.tensor([tokenizer.build_chat_input_ids(query, history)], device=embedding_device(self))

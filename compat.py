@@ -13,8 +13,12 @@ import collections
 import contextlib
 import functools
 import inspect
+import json
+import os
+import re
 import threading
 import weakref
+import zipfile
 from pathlib import Path
 
 import huggingface_hub
@@ -273,7 +277,7 @@ class VersionedModel(PreTrainedModel):
         installed; loads of several threads take turns, because transformers changes things for the whole process
         meanwhile; what is frozen stays so (5.x makes new parameters); what has no numbers yet gets some."""
         if not kwargs.get("state_dict"):
-            check_weight_files(Path(path, kwargs.get("subfolder") or ""))
+            check_weight_files(os.path.join(path, kwargs.get("subfolder") or ""))
             cls.check_format(path, kwargs)
         warn_of_other_code(path)
         if "dtype" not in kwargs and "torch_dtype" not in kwargs:
@@ -368,18 +372,17 @@ def fill_missing(model: PreTrainedModel) -> None:
 
 
 # As this process imported it: transformers' copies are replaced by those of the next folder of the same name, and 4.4x
-# runs this file again.
+# runs this file again. Without the two that the tokenizer imports, maybe later.
 CODE = globals().get("CODE") or {
     file.name: file.read_bytes()
     for file in Path(__file__).parent.glob("*.py")
-    if file.name
-    not in ("tokenization_chatglm.py", "sentencepiece_file.py")  # which the tokenizer imports, maybe later
+    if __name__.startswith("transformers_modules.") and file.stem not in ("tokenization_chatglm", "sentencepiece_file")
 }
 
 
 def warn_of_other_code(folder) -> None:
     """Folders of one name share what transformers imports for the first of them in a process, wholly or in part."""
-    files = [Path(folder, name) for name in sorted(CODE) if __name__.startswith("transformers_modules.")]
+    files = [Path(folder, name) for name in sorted(CODE)]
     other = [file.name for file in files if file.is_file() and file.read_bytes() != CODE[file.name]]
     if other:
         warn_once(
@@ -388,16 +391,55 @@ def warn_of_other_code(folder) -> None:
         )
 
 
-def check_weight_files(folder: Path) -> None:
-    """An OSError of one line for a local folder without weights, as this repository is, and for one that was cloned
-    without Git LFS."""
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    if folder.is_dir() and not files:
+# In the order in which transformers looks for them.
+WEIGHT_FILES = [f"{name}{of}" for name in ("model.safetensors", "pytorch_model.bin") for of in ("", ".index.json")]
+SHARD = re.compile(r"-\d{5}-of-\d{5}(\.safetensors|\.bin)$")
+
+
+def check_weight_files(folder: str) -> None:
+    """An OSError of one line where a look at the files of a local folder shows why they cannot be loaded."""
+    if not os.path.isdir(folder):
+        return
+    names = sorted(os.listdir(folder))
+    shards = [name for name in names if SHARD.search(name)]
+    found = next((name for name in WEIGHT_FILES if name in names), None)
+    if found is None and shards:
+        index = SHARD.sub(r"\1.index.json", shards[0])
+        raise OSError(f"{folder} has {len(shards)} shards of weights but no {index}: download that file too")
+    if found is None and not any(name.endswith((".safetensors", ".bin")) for name in names):
         raise OSError(
             f"{folder}: this folder holds the code of ChatGLM-6B-Slim without weights: make a complete folder with "
             "`python slim.py THUDM/chatglm-6b OUTPUT --repackage`, or give from_pretrained a Hub id that has them"
         )
-    for file in files:
-        with open(file, "rb") as opened:
-            if opened.read(23) == b"version https://git-lfs":
-                raise OSError(f"{file} is a Git-LFS pointer: run `git lfs pull` in its folder, or download it again")
+    for name in sorted(named_by(Path(folder, found))) if found else ():
+        if name not in names:
+            raise OSError(f"{folder}: {found} names {name}, which is not there: download that file too")
+        named_by(Path(folder, name))
+
+
+def named_by(path: Path) -> set[str]:
+    """The shards that an index names; none for another file. An OSError for a file that is not whole."""
+    with open(path, "rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        cure = "run `git lfs pull` in its folder, or download it again"
+        raise OSError(f"{path} is a Git-LFS pointer, not the file itself: {cure}")
+    try:
+        if path.suffix == ".json":
+            return set(json.loads(path.read_bytes())["weight_map"].values())
+        if path.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            safe_open(str(path), "pt").__exit__(None, None, None)
+        elif start.startswith(b"PK"):
+            zipfile.ZipFile(path).close()
+        elif not start:
+            raise ValueError("empty")
+    except ImportError:  # below 4.31 it may be missing, and is not asked for then
+        pass
+    except Exception as error:  # SafetensorError is no class of its own in old versions
+        size = f"{path.stat().st_size:,} bytes"
+        raise OSError(
+            f"{path} ends after {size} and cannot be read as a whole ({error}): download it again"
+        ) from error
+    return set()

@@ -512,10 +512,8 @@ def _compile(nvrtc: types.ModuleType, capability: tuple[int, int]) -> bytes:
 
 
 # ---- Checking, once on every GPU ------------------------------------------------------------------------------------
-_CHECKED_ROWS, _CHECKED_COLUMNS = (
-    17,
-    33 * 32,
-)  # a block of the product and a row more; a warp's columns and a load more
+# A block of the product and a row more; a warp's columns and a load more.
+_CHECKED_ROWS, _CHECKED_COLUMNS = 17, 33 * 32
 
 
 def _check(kernels: _Kernels, device: torch.device) -> None:

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from serving.rounds import starts_of_rounds, without_oldest_rounds
+
 IGNORED = -100  # label of a token without loss
 SHOWN = 10  # bad rows that are named
 
@@ -145,11 +147,9 @@ def encode(exchange: Exchange, tokenizer, sizes: Sizes = SIZES) -> Example:
 
 def context_of(exchange: Exchange, tokenizer, most: int) -> tuple[list[int], str]:
     """The prompt's ids with [gMASK], at most `most`; what was left out."""
-    history = exchange.history
-    rounds = [n for n, turn in enumerate(history) if not isinstance(turn, dict) or turn.get("role") == "user"]
-    system = history[: rounds[0]] if rounds else history  # stays
-    for without, start in enumerate([*rounds, len(history)]):
-        ids = tokenizer.build_chat_input_ids(exchange.query, [*system, *history[start:]])[:-1]
+    for without in range(len(starts_of_rounds(exchange.history)) + 1):
+        history = without_oldest_rounds(exchange.history, without)
+        ids = tokenizer.build_chat_input_ids(exchange.query, history)[:-1]
         if len(ids) <= most:
             return ids, "rounds" if without else ""
     return [*ids[: most - 1], ids[-1]], "query"

@@ -164,12 +164,10 @@ def tune(options: argparse.Namespace) -> dict:
 def first_device(options: argparse.Namespace) -> torch.device:
     """Where the base model answers before the training, as the Trainer will choose for it; whole, which may be more
     than a GPU holds where FSDP is to split it."""
-    here = (
-        None
-        if options.device == "cpu" or options.fsdp
-        else torch.accelerator.current_accelerator(check_available=True)
-    )
-    return torch.device(here.type, int(os.environ.get("LOCAL_RANK", 0))) if here else torch.device("cpu")
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None or options.device == "cpu" or options.fsdp:
+        return torch.device("cpu")
+    return torch.device(found.type, int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def judge_output(options: argparse.Namespace) -> Path | None:

@@ -125,3 +125,11 @@ def test_the_private_names_of_torch_that_the_seam_asks_are_there():
     assert any(kernel_routes.GLOBAL_HOOKS)
     handle.remove()
     assert not any(kernel_routes.GLOBAL_HOOKS)
+
+
+def test_a_function_that_is_not_torchs_own_is_told_apart():
+    import functools
+
+    wrapper = functools.wraps(torch.nn.Linear.forward)(lambda self, x: x)
+    assert not kernel_routes.is_of_torch(wrapper) and not kernel_routes.is_of_torch(len.__call__)
+    assert all(kernel_routes.is_of_torch(function) for function in kernel_routes.torch_functions())

@@ -109,19 +109,39 @@ def test_untied_matrices_of_a_checkpoint_stay_two(golden, tmp_path):
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1234\n"
+PART = (1000).to_bytes(8, "little") + b'{"a": {"dtype": "F16", "shape": [9], "data_offsets": [0, 18]}}'.ljust(1000)
+INDEX = b'{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}'
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model-00002-of-00002.safetensors"])
-def test_a_clone_without_git_lfs_is_told_of_in_one_line(name, tmp_path):
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"model.safetensors": POINTER}, "model.safetensors is a Git-LFS pointer.*git lfs pull"),
+        ({"pytorch_model.bin": POINTER}, "pytorch_model.bin is a Git-LFS pointer.*git lfs pull"),
+        ({"model.safetensors": PART}, "ends after 1,008 bytes.*download it again"),
+        ({"model.safetensors": PART[:500]}, "ends after 500 bytes.*download it again"),
+        ({"model.safetensors": b""}, "ends after 0 bytes.*download it again"),
+        ({"pytorch_model.bin": b"PK\3\4" + bytes(100)}, "ends after 104 bytes.*download it again"),
+        ({"model-00001-of-00002.safetensors": PART + bytes(18)}, "1 shards .* no model.safetensors.index.json"),
+        ({"pytorch_model-00001-of-00002.bin": b"PK"}, "1 shards .* no pytorch_model.bin.index.json"),
+        (
+            {"model.safetensors.index.json": INDEX, "model-00001-of-00002.safetensors": PART + bytes(18)},
+            "index.json names model-00002-of-00002.safetensors, which is not there",
+        ),
+        ({"model.safetensors.index.json": POINTER}, "index.json is a Git-LFS pointer"),
+    ],
+)
+def test_weights_that_cannot_be_loaded_are_told_apart_in_one_line(files, message, tmp_path):
     shutil.copy(ROOT / "config.json", tmp_path)
-    (tmp_path / name).write_bytes(POINTER)
-    with pytest.raises(OSError, match=f"{name} is a Git-LFS pointer: run `git lfs pull`") as error:
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(OSError, match=message) as error:
         ChatGLMForConditionalGeneration.from_pretrained(tmp_path)
     assert "\n" not in str(error.value)
 
 
 def test_pointers_beside_the_weights_that_are_loaded_do_not_matter(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "model.safetensors").write_bytes(PART + bytes(18))
     (tmp_path / "pytorch_model.bin").write_bytes(POINTER)
     compat.check_weight_files(tmp_path)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import platform
+import types
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +74,13 @@ def torch_functions() -> tuple:
     return (F.linear, F.layer_norm, F.gelu, F.scaled_dot_product_attention, *methods)
 
 
-TORCH = torch_functions()
+def is_of_torch(function) -> bool:
+    code = getattr(function, "__code__", None)  # builtins have none; wrappers have that of another file
+    own = torch.__path__[0]
+    return isinstance(function, types.BuiltinFunctionType) if code is None else code.co_filename.startswith(own)
+
+
+TORCH = tuple(function if is_of_torch(function) else None for function in torch_functions())
 # A name that disappears counts as a hook: then plain PyTorch serves, and a test fails.
 GLOBAL_HOOKS = [getattr(modules_of_torch, f"_global_forward_{kind}hooks", True) for kind in ("", "pre_")]
 

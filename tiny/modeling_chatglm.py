@@ -59,6 +59,10 @@ LOSS_IN_CONTEXT = (
     "to predict there and learns nothing from it; label the answer, from <sop> on, as the collators in "
     "finetune/collators.py of the ChatGLM-6B-Slim repository do"
 )
+FROZEN = (
+    "its layers are frozen. Add an adapter, or a prefix (pre_seq_len), or tune the 16-bit one: see finetune/README.md "
+    "in the ChatGLM-6B-Slim repository"
+)
 P_TUNING = (
     "PEFT's prompt tuning and prefix tuning do not know where a GLM context ends: P-tuning v2 is built in, give "
     "from_pretrained pre_seq_len=128, see finetune/README.md in the ChatGLM-6B-Slim repository"
@@ -616,6 +620,8 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         loss = None
         if labels is not None:
             loss = shifted_cross_entropy(logits, labels, kwargs.get("num_items_in_batch")).to(logits.dtype)
+            if self.training and self.config.quantization_bit and torch.is_grad_enabled() and not loss.requires_grad:
+                warn_once(f"nothing of this INT{self.config.quantization_bit} model is trained: {FROZEN}")
         others = {name: value for name, value in output.items() if name != "last_hidden_state"}
         return as_asked(CausalLMOutputWithPast(loss, logits, **others), return_dict, self.config)
 

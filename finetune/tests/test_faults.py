@@ -70,12 +70,13 @@ def test_labels_with_an_official_mask_are_the_callers_own_affair(load, tokenizer
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_full_tuning_of_integers_by_trainer_fails(load, tokenizer, tmp_path, bits):
+def test_full_tuning_of_integers_by_trainer_fails_and_says_why(load, tokenizer, said, tmp_path, bits):
     ids, labels = example(tokenizer)
     arguments = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to=[])
     trainer = Trainer(load(bits), arguments, train_dataset=[{"input_ids": ids[0], "labels": labels[0]}])
     with pytest.raises(RuntimeError, match="does not require grad"):
         trainer.train()
+    assert f"nothing of this INT{bits} model is trained" in said.text and "finetune/README.md" in said.text
 
 
 PROMPTS = [
