@@ -18,6 +18,11 @@ CHUNK = 128  # columns per step of every kernel: 64 bytes of INT4, and whole gro
 TILE = 4  # rows of the weight that share one load of the activations
 PANEL = 16  # rows of activations in one vector of a matrix product
 BLOCK_ROWS = 64  # rows of the weight that a thread unpacks at a time for a matrix product
+PASS_ROWS = {
+    "avx2": 4,
+    "avx512": 8,
+    "avx512_bf16": 8,
+}  # of activations at a time in a gemv: as their sums fill registers
 PREFETCH_LEVEL = 3  # into the first-level cache
 
 PREFETCH_BYTES = 4096  # how far ahead keys and values are asked for
@@ -46,6 +51,7 @@ declare float @llvm.vector.reduce.fadd.v16f32(float, {F32X16})
 declare float @llvm.vector.reduce.fmax.v16f32({F32X16})
 declare {F32X16} @llvm.x86.avx512.permvar.sf.512({F32X16}, {I32X16})
 declare {I16X32} @llvm.x86.avx512.permvar.hi.512({I16X32}, {I16X32})
+declare {BF16X32} @llvm.x86.avx512bf16.cvtne2ps2bf16.512({F32X16}, {F32X16})
 declare {F32X16} @llvm.x86.avx512bf16.dpbf16ps.512({F32X16}, {BF16X32}, {BF16X32})
 """
 
@@ -92,25 +98,36 @@ class Variant(NamedTuple):
         return CHUNK // self.group if self.group else 0
 
     @property
+    def passes(self) -> list[range]:
+        """The rows of activations that a gemv multiplies with a block of the weight one after the other, evenly."""
+        count = max(1, -(-self.rows // PASS_ROWS[self.isa]))
+        bounds = [self.rows * number // count for number in range(count + 1)]
+        return [range(*ends) for ends in zip(bounds, bounds[1:])]
+
+    @property
+    def pass_rows(self) -> int:
+        return max(map(len, self.passes))
+
+    @property
     def chains(self) -> int:
         """Independent sums per row of the weight and row of x in a gemv, as far as the registers reach."""
         registers, vectors = (4 if self.isa == "avx2" else 8), (4 if self.dots_bf16 else 8)
-        return 1 if self.group else min(vectors, max(1, registers // (self.tile * self.rows)))
+        return 1 if self.group else min(vectors, max(1, registers // (self.tile * self.pass_rows)))
 
     @property
     def slab_columns(self) -> int:
         """Columns of a gemv whose activations take 16 KiB, or 32 KiB of several rows, of the first-level cache."""
         columns = 8192 if self.dots_bf16 else 4096
-        return columns // (1 if self.rows <= 2 else 2 if self.rows <= 4 else 8)
+        return columns // (1 if self.pass_rows <= 2 else 2 if self.pass_rows <= 4 else 8)
 
     def with_tile(self, columns: int) -> Variant:
         """Sets how many rows of the weight a gemv reads side by side. One is a single stream, which memory delivers
         fastest; several share each load of the activations, and slabs end less often. As measured."""
         if self.isa == "avx2":  # half as many registers, half as wide
-            return self._replace(tile={1: 2, 2: 2}.get(self.rows, 1))
-        if self.rows > 4:
+            return self._replace(tile={1: 2, 2: 2}.get(self.pass_rows, 1))
+        if self.pass_rows > 4:
             return self._replace(tile=2)
-        if self.rows > 1 or (self.bits < 16 and not self.dots_bf16):
+        if self.pass_rows > 1 or (self.bits < 16 and not self.dots_bf16):
             return self._replace(tile=TILE)
         if columns <= self.slab_columns:
             return self._replace(tile=1)
@@ -120,6 +137,12 @@ class Variant(NamedTuple):
     def tiles_ahead(self) -> int:
         """How far ahead a gemv asks for weights: 8 KiB or one tile."""
         return max(1, 8192 // (self.tile * min(self.slab_columns, 4096) * self.bits // 8))
+
+    @property
+    def waits_for_weights(self) -> bool:
+        """Whether even the second-level cache is too far away: so many multiplications are begun ahead of those that
+        wait for a weight that no place is left for others. Fewer rows only lose by asking twice. As measured."""
+        return self.pass_rows > 4
 
     def gemv_scratch(self, columns: int) -> int:
         """float32 words that each thread of a gemv needs: x and the sums."""

@@ -28,7 +28,7 @@ from .products import int8_columns
 from .runtime import IR_TYPES, dtype_of, empty, instruction_set, is_plain, kernel_address, noise, run
 from .steps import attention_scratch
 
-GEMV_ROWS = {"avx2": 4, "avx512": 8, "avx512_bf16": 8}  # of activations in one pass: as many sums as registers hold
+GEMV_ROWS = 16  # of activations, in passes of PASS_ROWS: as many sums as the second-level cache holds beside weights
 GELU_CHUNKS = 8  # that a thread takes at a time
 SLAB_ROWS = 256  # rows of activations in one matrix product, so that they stay in the last-level cache
 DENSE_BYTES = 8 << 20  # of the weight in full precision at a time, for each product that runs at once
@@ -148,9 +148,9 @@ class Dots(NamedTuple):
 
 
 def gemv(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int, bias: Tensor | None, dots: Dots) -> Tensor | None:
-    """Passes over the packed weight, a few rows of x each."""
+    """Walks over the packed weight, with up to GEMV_ROWS rows of x each."""
     parts = []
-    for part in x.split(GEMV_ROWS[dots.isa]):
+    for part in x.split(GEMV_ROWS):
         variant = gemv_variant(part, weight, scale, bits, dots)
         address = kernel_address(variant, tried_product)
         if address is None:

@@ -55,16 +55,20 @@ def widened(emit: Emitter, variant: Variant, pointer: str) -> list[str]:
     size = variant.chunk_bytes // (4 if variant.dots_bf16 else 8)
     parts = [emit.at("i8", pointer, offset) for offset in range(0, variant.chunk_bytes, size)]
     if variant.bits == 8:
-        lanes = 32 if variant.dots_bf16 else 16
-        floats = [
-            emit(f"sitofp <{lanes} x i8> {emit.load(f'<{lanes} x i8>', part)} to <{lanes} x float>") for part in parts
-        ]
-        return (
-            [emit(f"fptrunc <32 x float> {value} to {BF16X32}") for value in floats] if variant.dots_bf16 else floats
-        )
+        return [_pair_of_int8(emit, part) if variant.dots_bf16 else _floats_of_int8(emit, part) for part in parts]
     if variant.dots_bf16:
         return [emit.load(BF16X32, part) for part in parts]
     return [emit.widen(variant.weight, emit.load(f"<16 x {variant.weight}>", part)) for part in parts]
+
+
+def _floats_of_int8(emit: Emitter, pointer: str) -> str:
+    return emit(f"sitofp <16 x i8> {emit.load('<16 x i8>', pointer)} to {F32X16}")
+
+
+def _pair_of_int8(emit: Emitter, pointer: str) -> str:
+    """By the instruction that rounds two vectors of float32; an fptrunc becomes three, in the way of the dots."""
+    low, high = (_floats_of_int8(emit, emit.at("i8", pointer, offset)) for offset in (0, 16))
+    return emit.call(BF16X32, "x86.avx512bf16.cvtne2ps2bf16.512", f"{F32X16} {high}", f"{F32X16} {low}")
 
 
 def _widened_int4(emit: Emitter, variant: Variant, pointer: str) -> list[str]:
@@ -92,8 +96,9 @@ def _widened_int4(emit: Emitter, variant: Variant, pointer: str) -> list[str]:
 def gemv(emit: Emitter, variant: Variant, args: Arguments) -> None:
     """y[M, N] = x[M, K] @ (scale * weight[N, K]).T for a few M.
 
-    Reads BLOCK_ROWS rows of the weight, by slabs of columns whose activations stay in the first-level cache. The own
-    memory of a thread holds x [M, K] and the sums [BLOCK_ROWS, M] of 16 lanes."""
+    Reads BLOCK_ROWS rows of the weight, by slabs of columns whose activations stay in the first-level cache; where M
+    is more than one pass, the next ones find them in the second-level cache. The own memory of a thread holds x [M, K]
+    and the sums [BLOCK_ROWS, M] of 16 lanes."""
     x_columns = emit.op("mul", args.chunks, CHUNK)
     x_values = emit.op("mul", x_columns, variant.rows)
     own_floats = emit.op("add", x_values, BLOCK_ROWS * variant.rows * 16)
@@ -105,50 +110,64 @@ def gemv(emit: Emitter, variant: Variant, args: Arguments) -> None:
         slab_chunks = variant.slab_columns // CHUNK
         with emit.loop(args.chunks, slab_chunks) as slab:
             slab_stop = emit.minimum(emit.op("add", slab.index, slab_chunks), args.chunks)
-            with emit.loop(stop, variant.tile, block.index) as row:
-                local = emit.op("mul", emit.op("sub", row.index, block.index), variant.rows)
-                tile_sums = emit.at(F32X16, sums, local)
-                add_tile(emit, variant, args, own_x, tile_sums, row.index, slab.index, slab_stop)
+            for of_x in variant.passes:
+                with emit.loop(stop, variant.tile, block.index) as row:
+                    local = emit.op("mul", emit.op("sub", row.index, block.index), variant.rows)
+                    tile_sums = emit.at(F32X16, sums, local)
+                    add_tile(emit, variant, args, own_x, tile_sums, row.index, slab.index, slab_stop, of_x)
         with emit.loop(stop, 1, block.index) as row:
             local = emit.op("mul", emit.op("sub", row.index, block.index), variant.rows)
             store_row(emit, variant, args, emit.at(F32X16, sums, local), row.index)
 
 
 def copy_x(emit: Emitter, variant: Variant, args: Arguments, own_x: str) -> None:
-    """Each thread copies x to its own memory, in the kernel's type and order of columns, as [chunks, M, CHUNK]: whole
-    rows would lie multiples of 4 KiB apart, which contend for the same few places of the first-level cache."""
+    """Each thread copies x to its own memory, in the kernel's type and order of columns, for each pass as
+    [chunks, rows, CHUNK]: whole rows would lie multiples of 4 KiB apart, which contend for the same few places of the
+    first-level cache."""
     order = [column for vector in columns(variant) for column in vector]
     with emit.loop(args.chunks) as chunk:
-        for m in range(variant.rows):
+        for of_x, m in ((of_x, m) for of_x in variant.passes for m in of_x):
             number = emit.op("add", emit.op("mul", args.chunks, m), chunk.index)
             offset = emit.op("mul", number, CHUNK)
             x = emit.load(f"<{CHUNK} x {variant.x}>", emit.at(variant.x, args.x, offset))
             if variant.x != variant.lane:
                 x = emit.widen(variant.x, x, CHUNK)
             x = emit.shuffle(f"<{CHUNK} x {variant.lane}>", x, order)
-            place = emit.op("add", emit.op("mul", chunk.index, CHUNK * variant.rows), CHUNK * m)
-            emit.store(f"<{CHUNK} x {variant.lane}>", x, emit.at(variant.lane, own_x, place), 64)
+            place = emit.at(
+                variant.lane, pass_start(emit, variant, args, own_x, of_x, chunk.index), CHUNK * (m - of_x[0])
+            )
+            emit.store(f"<{CHUNK} x {variant.lane}>", x, place, 64)
+
+
+def pass_start(emit: Emitter, variant: Variant, args: Arguments, own_x: str, of_x: range, chunk: str) -> str:
+    """Where the rows of one chunk and pass begin."""
+    before = emit.op("add", emit.op("mul", args.chunks, of_x[0]), emit.op("mul", chunk, len(of_x)))
+    return emit.at(variant.lane, own_x, emit.op("mul", before, CHUNK))
 
 
 def add_tile(
-    emit, variant: Variant, args: Arguments, own_x: str, tile_sums: str, row: str, start: str, stop: str
+    emit, variant: Variant, args: Arguments, own_x: str, tile_sums: str, row: str, start: str, stop: str, of_x: range
 ) -> None:
-    """Adds the chunks from `start` to `stop` of the rows of a tile to their sums, in several chains: a single chain of
-    additions would wait for its own results."""
+    """Adds the chunks from `start` to `stop` of the rows of a tile, times the rows `of_x`, to their sums, in several
+    chains: a single chain of additions would wait for its own results."""
     chains = variant.chains
-    keys = [(t, m, c) for t in range(variant.tile) for m in range(variant.rows) for c in range(chains)]
+    keys = [(t, m, c) for t in range(variant.tile) for m in range(len(of_x)) for c in range(chains)]
     row_bytes = emit.op("mul", args.chunks, variant.chunk_bytes)
     first = emit.at("i8", args.weight, emit.op("mul", row, row_bytes))
     rows = [emit.at("i8", first, emit.op("mul", row_bytes, t)) for t in range(variant.tile)]
-    ahead = emit.op("mul", row_bytes, variant.tile * variant.tiles_ahead)
+    next_tile = emit.op("mul", row_bytes, variant.tile)
+    ahead = emit.op("mul", next_tile, variant.tiles_ahead)
     with emit.loop(stop, 1, start, [(F32X16, "zeroinitializer")] * len(keys)) as chunk:
         sums = dict(zip(keys, chunk.values))
         here = [emit.at("i8", pointer, emit.op("mul", chunk.index, variant.chunk_bytes)) for pointer in rows]
         for pointer in here:
-            prefetch(emit, emit.at("i8", pointer, ahead), variant.chunk_bytes, variant.prefetch)
+            if of_x[0] == 0:
+                prefetch(emit, emit.at("i8", pointer, ahead), variant.chunk_bytes, variant.prefetch)
+            if variant.waits_for_weights:
+                prefetch(emit, emit.at("i8", pointer, next_tile), variant.chunk_bytes)
         weights = [widened(emit, variant, pointer) for pointer in here]
-        x_first = emit.at(variant.lane, own_x, emit.op("mul", chunk.index, CHUNK * variant.rows))
-        xs = [emit.at(variant.lane, x_first, CHUNK * m) for m in range(variant.rows)]
+        x_first = pass_start(emit, variant, args, own_x, of_x, chunk.index)
+        xs = [emit.at(variant.lane, x_first, CHUNK * m) for m in range(len(of_x))]
         if variant.group:
             scales = [chunk_scales(emit, variant, args, emit.op("add", row, t), chunk.index) for t in range(len(rows))]
             add_grouped(emit, variant, sums, weights, xs, scales)
@@ -158,7 +177,7 @@ def add_tile(
         chunk.update = [sums[key] for key in keys]
     is_first = emit(f"icmp eq i64 {start}, 0")
     for t, m, _ in keys[::chains]:
-        place = emit.at(F32X16, tile_sums, t * variant.rows + m)
+        place = emit.at(F32X16, tile_sums, t * variant.rows + of_x[m])
         total = emit(f"select i1 {is_first}, {F32X16} zeroinitializer, {F32X16} {emit.load(F32X16, place, 64)}")
         for c in range(chains):
             total = emit.op("fadd", total, sums[t, m, c], F32X16)
@@ -194,7 +213,7 @@ def add_grouped(emit: Emitter, variant: Variant, sums: dict, weights: list, xs: 
             add_products(emit, variant, partial, v, weights, xs)
         for t, scale in enumerate(scales):
             of_lanes = emit.shuffle(f"<{variant.chunk_groups} x float>", scale, list(groups))
-            for m in range(variant.rows):
+            for m in range(len(xs)):
                 sums[t, m, 0] = emit.fma(partial[t, m, 0], of_lanes, sums[t, m, 0])
 
 

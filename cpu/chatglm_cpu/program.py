@@ -294,11 +294,11 @@ class Program:
             yield self._norm(self.normed, layer.factor, self.sums, layer.down.bias, norm_after)
 
     def _product(self, x: Tensor, product: Product) -> Iterator[Kernel]:
-        """One pass over the weight for as many sequences as a gemv takes at once."""
+        """One walk over the weight for as many sequences as a gemv takes at once."""
         weight = (product.weight, product.scale, product.bits)
         dots, rows = program_dots(x, *weight), product.weight.shape[0]
-        for start in range(0, len(x), GEMV_ROWS[dots.isa]):
-            part, sums = x[start : start + GEMV_ROWS[dots.isa]], self.sums[start * rows :]
+        for start in range(0, len(x), GEMV_ROWS):
+            part, sums = x[start : start + GEMV_ROWS], self.sums[start * rows :]
             variant = gemv_variant(part, *weight, dots)
             arguments = gemv_arguments(part, product.weight, product.scale, sums)
             yield Kernel(variant, tried_product, variant.gemv_scratch(x.shape[1]), arguments)

@@ -22,7 +22,7 @@ from .runtime import held, instruction_set
 CLASSES = (1, 2, 4, 8, 12, 16, 24, 32, 64, 128, 512)  # rows of activations: up to so many are computed alike
 SMALLEST = 1 << 20  # weights of a matrix; below, nothing is timed
 MOST_GEMV_ROWS, FEWEST_GEMM_ROWS, MOST_INT8PACK_ROWS = 32, 5, 64  # beyond, not worth a trial
-FEW_ROWS = {4: 16, 8: 16, 16: 8}  # bits -> up to so many rows, passes of a gemv beat a gemm
+FEW_ROWS = 16  # up to so many, a gemv beats a gemm
 FEWEST_TOKENS = 256  # of a prompt; below, its matrix products are too small
 FEW_SEQUENCES = 4  # for which a decode program is always the fastest
 MOST_THREADS = 4  # `scaled_dot_product_attention` shares out heads, `prompt_attention` the rows of each: for few cores
@@ -126,7 +126,7 @@ def _candidates(isa: str, rows: int, x: torch.dtype, bits: int, group: int, weig
         others += ["int8pack"] * hasattr(torch, "_weight_int8pack_mm")
     if bits == 16 and rows > 1 and x == weight:
         others.append("torch")
-    return gemvs + others if rows <= FEW_ROWS[bits] else others + gemvs
+    return gemvs + others if rows <= FEW_ROWS else others + gemvs
 
 
 def ranked(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int, int8: bool = False) -> list[str]:

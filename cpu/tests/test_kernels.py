@@ -70,7 +70,7 @@ def test_linear_sums_exact_products_in_float32(isa, x_dtype, bits, group):
     dtype = torch.float16 if x_dtype == torch.float32 else x_dtype
     weight, scale, exact = make_weight(rows, columns, bits, group, dtype)
     rounded = isa == "avx512_bf16" and x_dtype == torch.bfloat16 and group
-    for few in (1, 3, 6):  # passes of a gemv
+    for few in (1, 3, 6, 11):  # a gemv, in one pass and in several, which are not alike
         x = make_x(few, columns, x_dtype)
         assert_close(linear(x, weight, scale, bits), x, exact)
     for many in (17, 33):  # a matrix product, which rounds weights with group scales to bfloat16
