@@ -18,11 +18,7 @@ CHUNK = 128  # columns per step of every kernel: 64 bytes of INT4, and whole gro
 TILE = 4  # rows of the weight that share one load of the activations
 PANEL = 16  # rows of activations in one vector of a matrix product
 BLOCK_ROWS = 64  # rows of the weight that a thread unpacks at a time for a matrix product
-PASS_ROWS = {
-    "avx2": 4,
-    "avx512": 8,
-    "avx512_bf16": 8,
-}  # of activations at a time in a gemv: as their sums fill registers
+PASS_ROWS = {"avx2": 4, "avx512": 8, "avx512_bf16": 8}  # of activations at a time in a gemv: their sums fill registers
 PREFETCH_LEVEL = 3  # into the first-level cache
 
 PREFETCH_BYTES = 4096  # how far ahead keys and values are asked for

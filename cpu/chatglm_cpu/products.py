@@ -126,17 +126,15 @@ def copy_x(emit: Emitter, variant: Variant, args: Arguments, own_x: str) -> None
     first-level cache."""
     order = [column for vector in columns(variant) for column in vector]
     with emit.loop(args.chunks) as chunk:
-        for of_x, m in ((of_x, m) for of_x in variant.passes for m in of_x):
-            number = emit.op("add", emit.op("mul", args.chunks, m), chunk.index)
-            offset = emit.op("mul", number, CHUNK)
-            x = emit.load(f"<{CHUNK} x {variant.x}>", emit.at(variant.x, args.x, offset))
-            if variant.x != variant.lane:
-                x = emit.widen(variant.x, x, CHUNK)
-            x = emit.shuffle(f"<{CHUNK} x {variant.lane}>", x, order)
-            place = emit.at(
-                variant.lane, pass_start(emit, variant, args, own_x, of_x, chunk.index), CHUNK * (m - of_x[0])
-            )
-            emit.store(f"<{CHUNK} x {variant.lane}>", x, place, 64)
+        for of_x in variant.passes:
+            start = pass_start(emit, variant, args, own_x, of_x, chunk.index)
+            for number, m in enumerate(of_x):
+                offset = emit.op("mul", emit.op("add", emit.op("mul", args.chunks, m), chunk.index), CHUNK)
+                x = emit.load(f"<{CHUNK} x {variant.x}>", emit.at(variant.x, args.x, offset))
+                if variant.x != variant.lane:
+                    x = emit.widen(variant.x, x, CHUNK)
+                x = emit.shuffle(f"<{CHUNK} x {variant.lane}>", x, order)
+                emit.store(f"<{CHUNK} x {variant.lane}>", x, emit.at(variant.lane, start, CHUNK * number), 64)
 
 
 def pass_start(emit: Emitter, variant: Variant, args: Arguments, own_x: str, of_x: range, chunk: str) -> str:
