@@ -61,22 +61,22 @@ class Server(NamedTuple):
 # ---- the servers ----------------------------------------------------------------------------------------------------
 
 
-def command_of(kind: str, model: str, port: int, slots: int) -> list[str]:
+def command_of(kind: str, model: str, port: int, slots: int, huge_pages: bool = False) -> list[str]:
     ours = [sys.executable, str(ROOT / "serving" / "api.py"), "--model", model, "--port", str(port)]
     theirs = [sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve", model]
     return {
-        "ours": [*ours, "--slots", str(slots), "--queue", "1000"],
+        "ours": [*ours, "--slots", str(slots), "--queue", "1000", *["--huge-pages"] * huge_pages],
         "transformers": [*theirs, "--trust-remote-code", "--device", "cpu", "--port", str(port)],
     }[kind]
 
 
 @contextlib.contextmanager
-def serve(kind: str, model: str, slots: int) -> Iterator[Server]:
+def serve(kind: str, model: str, slots: int, huge_pages: bool = False) -> Iterator[Server]:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
     process = subprocess.Popen(
-        command_of(kind, model, port, slots), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command_of(kind, model, port, slots, huge_pages), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
         wait_for(port, process)
@@ -216,12 +216,12 @@ async def soak(server: Server, clients: int, seconds: float, tokens: int) -> dic
     return {**counts, **after, "threads": threads, "MiB, every 5 s": memory}
 
 
-def batch_alone(model: str, rows: list[int], words: int, steps: int) -> Iterator[dict]:
+def batch_alone(model: str, rows: list[int], words: int, steps: int, huge_pages: bool) -> Iterator[dict]:
     """Without server and clients, in milliseconds: the prompts of so many rows, computed one after the other and up to
     so many tokens together, and a step of them."""
     sys.path.insert(0, str(ROOT))
     from serving.batching import Batch, Generation
-    from serving.loading import load
+    from serving.loading import load, move_to_huge_pages
     from serving.sampling import Sampling
     from serving.warming import warm_up
 
@@ -232,6 +232,8 @@ def batch_alone(model: str, rows: list[int], words: int, steps: int) -> Iterator
         return batch
 
     tokenizer, network = load(model)
+    if huge_pages:
+        move_to_huge_pages(network)
     warm_up(network, max(rows), tokenizer.build_chat_input_ids("你好"))
     for count in rows:
         prompts = [tokenizer.build_chat_input_ids(text) for text in questions(count, words)]
@@ -256,6 +258,7 @@ def main() -> None:
     parser.add_argument("--kind", choices=("ours", "transformers"), default="ours")
     parser.add_argument("--url", help="of a server that runs")
     parser.add_argument("--slots", type=int, default=16, help="1: one at a time")
+    parser.add_argument("--huge-pages", action="store_true", help="as that option of ours")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--rounds", type=int, default=2, help="questions of each client")
     parser.add_argument("--prompt", type=int, default=8, help="words of a question")
@@ -267,13 +270,14 @@ def main() -> None:
         shutil.copyfile(options.vocabulary, Path(options.model, "ice_text.model"))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if options.batch_alone:
-        for found in batch_alone(options.model, options.clients, options.prompt, options.tokens):
+        few = (options.model, options.clients, options.prompt, options.tokens, options.huge_pages)
+        for found in batch_alone(*few):
             print(json.dumps(found), flush=True)
         return
     running = (
         contextlib.nullcontext(Server(int(options.url.rpartition(":")[2].strip("/")), options.model, None))
         if options.url
-        else serve(options.kind, options.model, options.slots)
+        else serve(options.kind, options.model, options.slots, options.huge_pages)
     )
     with running as server:
         asyncio.run(ask(server, "你好", options.tokens if options.url else 4))  # compiles what there is to compile

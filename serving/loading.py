@@ -38,6 +38,17 @@ def load(name: str, dtype: str | None = None, bits: int = 0, device: str | None 
     return tokenizer, model
 
 
+def move_to_huge_pages(model) -> None:
+    """Weights on the CPU, in 2 MiB pages of this process; ValueError where that cannot be."""
+    if model.device.type != "cpu":
+        raise ValueError(f"--huge-pages is for weights on the CPU, and these are on {model.device}")
+    try:
+        import chatglm_cpu
+    except ImportError as error:
+        raise ValueError("--huge-pages comes with the CPU engine: pip install ./cpu in a clone") from error
+    chatglm_cpu.move_to_huge_pages(model)
+
+
 def usable_device(asked: str | None) -> str:
     """The device asked for, else the first GPU, else the CPU; ValueError where this PyTorch cannot use it."""
     import torch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -61,6 +62,26 @@ def test_the_program_listens_when_it_is_warm(monkeypatch):
     monkeypatch.setattr(api.Server, "run", lambda self: done.append("listens"))
     assert api.main(["--model", str(TINY)]) == 0
     assert done == ["warm", "listens"]
+
+
+def test_weights_move_to_huge_pages_before_the_ways_of_products_are_chosen(monkeypatch, tiny):
+    engine, done = pytest.importorskip("chatglm_cpu", reason="pip install ./cpu"), []
+    moved = engine.move_to_huge_pages
+    monkeypatch.setattr(engine, "move_to_huge_pages", lambda model: (done.append("moved"), moved(model)))
+    monkeypatch.setattr(Service, "warm_up", lambda self: done.append("warm"))
+    service = api.ready_service(api.parse(["--model", str(TINY), "--huge-pages"]))
+    assert done == ["moved", "warm"]
+    for name, weight in service.model.state_dict().items():
+        assert torch.equal(weight, tiny[1].state_dict()[name]), name
+
+
+def test_huge_pages_are_refused_where_they_cannot_be(monkeypatch, capsys, tiny):
+    monkeypatch.setitem(sys.modules, "chatglm_cpu", None)
+    assert api.main(["--model", str(TINY), "--huge-pages"]) == 1
+    assert "pip install ./cpu" in capsys.readouterr().err
+    monkeypatch.setattr(api, "load", lambda *_: (tiny[0], copy.deepcopy(tiny[1]).to("meta")))
+    assert api.main(["--model", str(TINY), "--huge-pages"]) == 1
+    assert "these are on meta" in capsys.readouterr().err
 
 
 def test_a_model_that_can_answer_nobody_is_not_served(monkeypatch, capsys, tiny):
