@@ -221,7 +221,7 @@ def batch_alone(model: str, rows: list[int], words: int, steps: int, huge_pages:
     so many tokens together, and a step of them."""
     sys.path.insert(0, str(ROOT))
     from serving.batching import Batch, Generation
-    from serving.loading import load, move_to_huge_pages
+    from serving.loading import load
     from serving.sampling import Sampling
     from serving.warming import warm_up
 
@@ -231,9 +231,7 @@ def batch_alone(model: str, rows: list[int], words: int, steps: int, huge_pages:
         batch.add(Generation(ids, lambda _: None, answer, Sampling(temperature=0)) for ids in prompts)
         return batch
 
-    tokenizer, network = load(model)
-    if huge_pages:
-        move_to_huge_pages(network)
+    tokenizer, network = load(model, huge_pages=huge_pages)
     warm_up(network, max(rows), tokenizer.build_chat_input_ids("你好"))
     for count in rows:
         prompts = [tokenizer.build_chat_input_ids(text) for text in questions(count, words)]
@@ -266,12 +264,13 @@ def main() -> None:
     parser.add_argument("--soak", type=float, help="seconds")
     parser.add_argument("--batch-alone", action="store_true", help="no server: --tokens steps of --clients rows")
     options = parser.parse_args()
+    if options.huge_pages and (options.url or options.kind != "ours"):
+        parser.error("--huge-pages is an option of our server, where this program starts it")
     if options.vocabulary:
         shutil.copyfile(options.vocabulary, Path(options.model, "ice_text.model"))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if options.batch_alone:
-        few = (options.model, options.clients, options.prompt, options.tokens, options.huge_pages)
-        for found in batch_alone(*few):
+        for found in batch_alone(options.model, options.clients, options.prompt, options.tokens, options.huge_pages):
             print(json.dumps(found), flush=True)
         return
     running = (

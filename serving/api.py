@@ -29,7 +29,7 @@ from fastapi import FastAPI, Request, Response  # noqa: E402
 from serving import errors  # noqa: E402
 from serving.door import LOOPBACK, Door  # noqa: E402
 from serving.formats import ChatFormat, CompletionFormat  # noqa: E402
-from serving.loading import DTYPES, load, move_to_huge_pages  # noqa: E402
+from serving.loading import DTYPES, load  # noqa: E402
 from serving.schemas import (  # noqa: E402
     ChatRequest,
     CompletionRequest,
@@ -184,9 +184,7 @@ def settings_of(options: argparse.Namespace, config) -> Settings:
 
 def ready_service(options: argparse.Namespace) -> Service:
     """Of the model asked for, warmed up: once it listens, the first answer takes no longer than the others."""
-    tokenizer, model = load(options.model, options.dtype, options.bits, options.device)
-    if options.huge_pages:
-        move_to_huge_pages(model)
+    tokenizer, model = load(options.model, options.dtype, options.bits, options.device, options.huge_pages)
     service = Service(tokenizer, model, settings_of(options, model.config))
     print("warming up …", flush=True)
     service.warm_up()

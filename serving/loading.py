@@ -10,13 +10,17 @@ DTYPES = ("bfloat16", "float16", "float32")
 HUB_PATIENCE = 10  # seconds
 
 
-def load(name: str, dtype: str | None = None, bits: int = 0, device: str | None = None) -> tuple:
+def load(
+    name: str, dtype: str | None = None, bits: int = 0, device: str | None = None, huge_pages: bool = False
+) -> tuple:
     """Tokenizer and model of a folder or of the Hub, ready to answer; says what it loads and what it got.
 
     Args:
         dtype: of DTYPES; None for the checkpoint's own.
         bits: 4 or 8 quantizes the weights; 0 leaves them.
         device: cpu, cuda, cuda:1, mps; None takes the first GPU, else the CPU.
+        huge_pages: copy the weights to 2 MiB pages of this process, which a CPU reads faster; ordinary ones where the
+            system has none.
 
     Raises:
         ValueError: there is no such model, or no such device; other errors are those of transformers.
@@ -27,6 +31,7 @@ def load(name: str, dtype: str | None = None, bits: int = 0, device: str | None 
     from transformers import AutoModel, AutoTokenizer
 
     device = usable_device(device)
+    engine = engine_with_huge_pages(device) if huge_pages else None
     tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=True)
     model = AutoModel.from_pretrained(**where, trust_remote_code=True).eval()
     if dtype:
@@ -34,19 +39,21 @@ def load(name: str, dtype: str | None = None, bits: int = 0, device: str | None 
     if bits:
         model = model.quantize(bits)
     model = model.to(device)
+    if engine is not None:
+        engine.move_to_huge_pages(model)
     print(describe(model), flush=True)
     return tokenizer, model
 
 
-def move_to_huge_pages(model) -> None:
-    """Weights on the CPU, in 2 MiB pages of this process; ValueError where that cannot be."""
-    if model.device.type != "cpu":
-        raise ValueError(f"--huge-pages is for weights on the CPU, and these are on {model.device}")
+def engine_with_huge_pages(device: str):
+    """The package that moves weights there; ValueError without it, and for weights that are not on the CPU."""
+    if device.partition(":")[0] != "cpu":
+        raise ValueError(f"huge pages are for weights on the CPU, and these would be on {device}")
     try:
         import chatglm_cpu
     except ImportError as error:
-        raise ValueError("--huge-pages comes with the CPU engine: pip install ./cpu in a clone") from error
-    chatglm_cpu.move_to_huge_pages(model)
+        raise ValueError("huge pages come with the CPU engine: pip install ./cpu in a clone") from error
+    return chatglm_cpu
 
 
 def usable_device(asked: str | None) -> str:

@@ -12,7 +12,7 @@ from .batching import Batch, Generation, Gone
 from .prompts import Prompts
 from .sampling import Sampling
 
-ROWS = (1, 2, 3, 4, 6, 8, 12, 16)  # answers at once; what is between shares the kernels of the next
+ROWS = (*range(1, 17), 24, 32)  # answers at once: the CPU engine has kernels for each up to 16, and ways beyond
 PROMPTS = (24, 32, 64, 128, 512)  # tokens, which an engine may multiply each in a way of their own
 
 

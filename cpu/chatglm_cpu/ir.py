@@ -17,7 +17,7 @@ from typing import NamedTuple
 CHUNK = 128  # columns per step of every kernel: 64 bytes of INT4, and whole groups of 32, 64 or 128 columns
 TILE = 4  # rows of the weight that share one load of the activations
 PANEL = 16  # rows of activations in one vector of a matrix product
-BLOCK_ROWS = 64  # rows of the weight that a thread unpacks at a time for a matrix product
+BLOCK_ROWS = 64  # rows of the weight that a gemm unpacks at a time, and that all passes of a gemv share
 PASS_ROWS = {"avx2": 4, "avx512": 8, "avx512_bf16": 8}  # of activations at a time in a gemv: their sums fill registers
 PREFETCH_LEVEL = 3  # into the first-level cache
 
@@ -112,7 +112,7 @@ class Variant(NamedTuple):
 
     @property
     def slab_columns(self) -> int:
-        """Columns of a gemv whose activations take 16 KiB, or 32 KiB of several rows, of the first-level cache."""
+        """Columns of a gemv whose activations take 16 KiB (32 KiB of two or four rows) of the first-level cache."""
         columns = 8192 if self.dots_bf16 else 4096
         return columns // (1 if self.pass_rows <= 2 else 2 if self.pass_rows <= 4 else 8)
 
@@ -135,9 +135,9 @@ class Variant(NamedTuple):
         return max(1, 8192 // (self.tile * min(self.slab_columns, 4096) * self.bits // 8))
 
     @property
-    def waits_for_weights(self) -> bool:
-        """Whether even the second-level cache is too far away: so many multiplications are begun ahead of those that
-        wait for a weight that no place is left for others. Fewer rows only lose by asking twice. As measured."""
+    def asks_twice(self) -> bool:
+        """Whether a gemv asks for its next tile into the first-level cache as well. The multiplications of many rows
+        that wait for a weight leave no place in the queue for others; few rows lose by it. As measured on Zen 4."""
         return self.pass_rows > 4
 
     def gemv_scratch(self, columns: int) -> int:

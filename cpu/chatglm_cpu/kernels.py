@@ -28,7 +28,7 @@ from .products import int8_columns
 from .runtime import IR_TYPES, dtype_of, empty, instruction_set, is_plain, kernel_address, noise, run
 from .steps import attention_scratch
 
-GEMV_ROWS = 16  # of activations, in passes of PASS_ROWS: as many sums as the second-level cache holds beside weights
+GEMV_ROWS = 16  # of activations that walk over a weight together, in passes of PASS_ROWS
 GELU_CHUNKS = 8  # that a thread takes at a time
 SLAB_ROWS = 256  # rows of activations in one matrix product, so that they stay in the last-level cache
 DENSE_BYTES = 8 << 20  # of the weight in full precision at a time, for each product that runs at once

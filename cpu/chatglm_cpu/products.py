@@ -97,8 +97,8 @@ def gemv(emit: Emitter, variant: Variant, args: Arguments) -> None:
     """y[M, N] = x[M, K] @ (scale * weight[N, K]).T for a few M.
 
     Reads BLOCK_ROWS rows of the weight, by slabs of columns whose activations stay in the first-level cache; where M
-    is more than one pass, the next ones find them in the second-level cache. The own memory of a thread holds x [M, K]
-    and the sums [BLOCK_ROWS, M] of 16 lanes."""
+    takes several passes, the later ones find these weights in the second-level cache. The own memory of a thread holds
+    x [M, K] and the sums [BLOCK_ROWS, M] of 16 lanes."""
     x_columns = emit.op("mul", args.chunks, CHUNK)
     x_values = emit.op("mul", x_columns, variant.rows)
     own_floats = emit.op("add", x_values, BLOCK_ROWS * variant.rows * 16)
@@ -110,11 +110,11 @@ def gemv(emit: Emitter, variant: Variant, args: Arguments) -> None:
         slab_chunks = variant.slab_columns // CHUNK
         with emit.loop(args.chunks, slab_chunks) as slab:
             slab_stop = emit.minimum(emit.op("add", slab.index, slab_chunks), args.chunks)
-            for of_x in variant.passes:
+            for x_rows in variant.passes:
                 with emit.loop(stop, variant.tile, block.index) as row:
                     local = emit.op("mul", emit.op("sub", row.index, block.index), variant.rows)
                     tile_sums = emit.at(F32X16, sums, local)
-                    add_tile(emit, variant, args, own_x, tile_sums, row.index, slab.index, slab_stop, of_x)
+                    add_tile(emit, variant, args, own_x, tile_sums, row.index, slab.index, slab_stop, x_rows)
         with emit.loop(stop, 1, block.index) as row:
             local = emit.op("mul", emit.op("sub", row.index, block.index), variant.rows)
             store_row(emit, variant, args, emit.at(F32X16, sums, local), row.index)
@@ -126,30 +126,31 @@ def copy_x(emit: Emitter, variant: Variant, args: Arguments, own_x: str) -> None
     first-level cache."""
     order = [column for vector in columns(variant) for column in vector]
     with emit.loop(args.chunks) as chunk:
-        for of_x in variant.passes:
-            start = pass_start(emit, variant, args, own_x, of_x, chunk.index)
-            for number, m in enumerate(of_x):
-                offset = emit.op("mul", emit.op("add", emit.op("mul", args.chunks, m), chunk.index), CHUNK)
-                x = emit.load(f"<{CHUNK} x {variant.x}>", emit.at(variant.x, args.x, offset))
-                if variant.x != variant.lane:
-                    x = emit.widen(variant.x, x, CHUNK)
+        for x_rows in variant.passes:
+            start = pass_start(emit, variant, args, own_x, x_rows, chunk.index)
+            with emit.loop(str(len(x_rows))) as row:
+                line = emit.op("mul", emit.op("add", row.index, x_rows[0]), args.chunks)
+                place = emit.op("mul", emit.op("add", line, chunk.index), CHUNK)
+                x = emit.load(f"<{CHUNK} x {variant.x}>", emit.at(variant.x, args.x, place))
+                x = x if variant.x == variant.lane else emit.widen(variant.x, x, CHUNK)
                 x = emit.shuffle(f"<{CHUNK} x {variant.lane}>", x, order)
-                emit.store(f"<{CHUNK} x {variant.lane}>", x, emit.at(variant.lane, start, CHUNK * number), 64)
+                target = emit.at(variant.lane, start, emit.op("mul", row.index, CHUNK))
+                emit.store(f"<{CHUNK} x {variant.lane}>", x, target, 64)
 
 
-def pass_start(emit: Emitter, variant: Variant, args: Arguments, own_x: str, of_x: range, chunk: str) -> str:
+def pass_start(emit: Emitter, variant: Variant, args: Arguments, own_x: str, x_rows: range, chunk: str) -> str:
     """Where the rows of one chunk and pass begin."""
-    before = emit.op("add", emit.op("mul", args.chunks, of_x[0]), emit.op("mul", chunk, len(of_x)))
+    before = emit.op("add", emit.op("mul", args.chunks, x_rows[0]), emit.op("mul", chunk, len(x_rows)))
     return emit.at(variant.lane, own_x, emit.op("mul", before, CHUNK))
 
 
 def add_tile(
-    emit, variant: Variant, args: Arguments, own_x: str, tile_sums: str, row: str, start: str, stop: str, of_x: range
+    emit, variant: Variant, args: Arguments, own_x: str, tile_sums: str, row: str, start: str, stop: str, x_rows: range
 ) -> None:
-    """Adds the chunks from `start` to `stop` of the rows of a tile, times the rows `of_x`, to their sums, in several
-    chains: a single chain of additions would wait for its own results."""
+    """Adds the chunks from `start` to `stop` of the rows of a tile, times `x_rows`, to their sums, in several chains:
+    a single chain of additions would wait for its own results."""
     chains = variant.chains
-    keys = [(t, m, c) for t in range(variant.tile) for m in range(len(of_x)) for c in range(chains)]
+    keys = [(t, m, c) for t in range(variant.tile) for m in range(len(x_rows)) for c in range(chains)]
     row_bytes = emit.op("mul", args.chunks, variant.chunk_bytes)
     first = emit.at("i8", args.weight, emit.op("mul", row, row_bytes))
     rows = [emit.at("i8", first, emit.op("mul", row_bytes, t)) for t in range(variant.tile)]
@@ -159,13 +160,13 @@ def add_tile(
         sums = dict(zip(keys, chunk.values))
         here = [emit.at("i8", pointer, emit.op("mul", chunk.index, variant.chunk_bytes)) for pointer in rows]
         for pointer in here:
-            if of_x[0] == 0:
+            if x_rows[0] == 0:
                 prefetch(emit, emit.at("i8", pointer, ahead), variant.chunk_bytes, variant.prefetch)
-            if variant.waits_for_weights:
+            if variant.asks_twice:
                 prefetch(emit, emit.at("i8", pointer, next_tile), variant.chunk_bytes)
         weights = [widened(emit, variant, pointer) for pointer in here]
-        x_first = pass_start(emit, variant, args, own_x, of_x, chunk.index)
-        xs = [emit.at(variant.lane, x_first, CHUNK * m) for m in range(len(of_x))]
+        x_first = pass_start(emit, variant, args, own_x, x_rows, chunk.index)
+        xs = [emit.at(variant.lane, x_first, CHUNK * m) for m in range(len(x_rows))]
         if variant.group:
             scales = [chunk_scales(emit, variant, args, emit.op("add", row, t), chunk.index) for t in range(len(rows))]
             add_grouped(emit, variant, sums, weights, xs, scales)
@@ -175,7 +176,7 @@ def add_tile(
         chunk.update = [sums[key] for key in keys]
     is_first = emit(f"icmp eq i64 {start}, 0")
     for t, m, _ in keys[::chains]:
-        place = emit.at(F32X16, tile_sums, t * variant.rows + of_x[m])
+        place = emit.at(F32X16, tile_sums, t * variant.rows + x_rows[m])
         total = emit(f"select i1 {is_first}, {F32X16} zeroinitializer, {F32X16} {emit.load(F32X16, place, 64)}")
         for c in range(chains):
             total = emit.op("fadd", total, sums[t, m, c], F32X16)

@@ -57,7 +57,7 @@ from .runtime import (
 from .steps import attention_scratch
 
 LAYER_VALUES = 23  # of a layer's description: its factor, two norms, four products
-MOST_SEQUENCES = 16
+MOST_SEQUENCES = GEMV_ROWS
 PATIENCE = (
     200_000  # cycles, some 70 microseconds, that a thread waits on its core; longer than the last task of a kernel
 )
@@ -284,24 +284,20 @@ class Program:
         norms = [layer.norm for layer in layers] + [final_norm]
         yield self._norm(self.hidden, 1.0, self.zeros, self.zeros, norms[0])
         for layer, norm_after in zip(layers, norms[1:]):
-            yield from self._product(self.normed, layer.query_key_value)
+            yield self._product(self.normed, layer.query_key_value)
             yield self._attention(layer.query_key_value.bias, size, position_rows)
-            yield from self._product(self.context, layer.dense)
+            yield self._product(self.context, layer.dense)
             yield self._norm(self.normed, layer.factor, self.sums, layer.dense.bias, layer.norm_after)
-            yield from self._product(self.normed, layer.up)
+            yield self._product(self.normed, layer.up)
             yield self._gelu(layer.up.bias)
-            yield from self._product(self.inner, layer.down)
+            yield self._product(self.inner, layer.down)
             yield self._norm(self.normed, layer.factor, self.sums, layer.down.bias, norm_after)
 
-    def _product(self, x: Tensor, product: Product) -> Iterator[Kernel]:
-        """One walk over the weight for as many sequences as a gemv takes at once."""
+    def _product(self, x: Tensor, product: Product) -> Kernel:
         weight = (product.weight, product.scale, product.bits)
-        dots, rows = program_dots(x, *weight), product.weight.shape[0]
-        for start in range(0, len(x), GEMV_ROWS):
-            part, sums = x[start : start + GEMV_ROWS], self.sums[start * rows :]
-            variant = gemv_variant(part, *weight, dots)
-            arguments = gemv_arguments(part, product.weight, product.scale, sums)
-            yield Kernel(variant, tried_product, variant.gemv_scratch(x.shape[1]), arguments)
+        variant = gemv_variant(x, *weight, program_dots(x, *weight))
+        arguments = gemv_arguments(x, product.weight, product.scale, self.sums)
+        return Kernel(variant, tried_product, variant.gemv_scratch(x.shape[1]), arguments)
 
     def _norm(self, residual: Tensor, factor: float, x: Tensor, bias: Tensor, norm: Norm) -> Kernel:
         types = ("", IR_TYPES[norm.weight.dtype], IR_TYPES[residual.dtype])

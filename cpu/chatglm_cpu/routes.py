@@ -22,7 +22,7 @@ from .runtime import held, instruction_set
 CLASSES = (1, 2, 4, 8, 12, 16, 24, 32, 64, 128, 512)  # rows of activations: up to so many are computed alike
 SMALLEST = 1 << 20  # weights of a matrix; below, nothing is timed
 MOST_GEMV_ROWS, FEWEST_GEMM_ROWS, MOST_INT8PACK_ROWS = 32, 5, 64  # beyond, not worth a trial
-FEW_ROWS = 16  # up to so many, a gemv beats a gemm
+FEW_ROWS, FEW_ROWS_WITHOUT_PAIRS = 16, 8  # up to so many a gemv is tried first; the second for 16-bit weights
 FEWEST_TOKENS = 256  # of a prompt; below, its matrix products are too small
 FEW_SEQUENCES = 4  # for which a decode program is always the fastest
 MOST_THREADS = 4  # `scaled_dot_product_attention` shares out heads, `prompt_attention` the rows of each: for few cores
@@ -101,7 +101,7 @@ def candidates(
 ) -> list[str]:
     """The ways to compute a product with `rows` rows of activations of type x, the one by default first.
 
-    gemv-bf16-l2, gemv-f32-l2, gemv-bf16-l1 or gemv-f32-l1: passes over the weight for a few rows each, with dots of
+    gemv-bf16-l2, gemv-f32-l2, gemv-bf16-l1 or gemv-f32-l1: walks over the weight for up to 16 rows each, with dots of
     bfloat16 pairs or in float32, and the weights asked for ahead into the second or the first cache. gemm, gemm-int8:
     blocks of the weight are unpacked and multiplied with all rows, which with `int8` may be rounded to int8. dense:
     blocks of the weight in x's type, and PyTorch's product. int8pack: PyTorch's product with INT8. torch: PyTorch's
@@ -113,7 +113,7 @@ def candidates(
 @functools.cache
 def _candidates(isa: str, rows: int, x: torch.dtype, bits: int, group: int, weight: torch.dtype, int8: bool):
     pairs = isa == "avx512_bf16" and x == torch.bfloat16 and weight != torch.float16
-    # INT8 takes longer to become pairs of bfloat16 than few rows gain by them.
+    # Float32 wins for one or two rows of INT8 on a Zen 4, and for all few rows on an Intel with AMX.
     lanes = ["f32"] + ["bf16"] * pairs if bits == 8 else ["bf16"] * pairs + ["f32"]
     gemvs = [*(f"gemv-{of}-l2" for of in lanes), f"gemv-{lanes[0]}-l1"] if rows <= MOST_GEMV_ROWS else []
     others = []
@@ -126,7 +126,8 @@ def _candidates(isa: str, rows: int, x: torch.dtype, bits: int, group: int, weig
         others += ["int8pack"] * hasattr(torch, "_weight_int8pack_mm")
     if bits == 16 and rows > 1 and x == weight:
         others.append("torch")
-    return gemvs + others if rows <= FEW_ROWS else others + gemvs
+    few = FEW_ROWS_WITHOUT_PAIRS if bits == 16 and not pairs else FEW_ROWS
+    return gemvs + others if rows <= few else others + gemvs
 
 
 def ranked(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int, int8: bool = False) -> list[str]:

@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 from chatglm_cpu import dequantize, instruction_set, kernels, linear, routes, runtime
-from chatglm_cpu.ir import Variant
+from chatglm_cpu.ir import PASS_ROWS, Variant
 from chatglm_cpu.kernels import decode_attention
 from chatglm_cpu.runtime import kernel_ir
 
@@ -70,7 +70,7 @@ def test_linear_sums_exact_products_in_float32(isa, x_dtype, bits, group):
     dtype = torch.float16 if x_dtype == torch.float32 else x_dtype
     weight, scale, exact = make_weight(rows, columns, bits, group, dtype)
     rounded = isa == "avx512_bf16" and x_dtype == torch.bfloat16 and group
-    for few in (1, 3, 6, 11):  # a gemv, in one pass and in several, which are not alike
+    for few in (1, 3, 6, 11, 16):  # a gemv, in one pass and in several, which may differ in their rows
         x = make_x(few, columns, x_dtype)
         assert_close(linear(x, weight, scale, bits), x, exact)
     for many in (17, 33):  # a matrix product, which rounds weights with group scales to bfloat16
@@ -80,6 +80,27 @@ def test_linear_sums_exact_products_in_float32(isa, x_dtype, bits, group):
             assert y is None  # left to torch, whose own product is as fast
         else:
             assert_close(y, x, exact, extra=2.0**-9 if rounded else 0)
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [1, 4, 8, 9, 13, 16])
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_a_gemv_over_several_blocks_of_one_task(isa, bits, rows):
+    weight, scale, exact = make_weight(2052, 1152, bits, dtype=torch.bfloat16)
+    for lanes in ("f32", "bf16"):
+        for x_dtype in (torch.float32, torch.bfloat16):
+            x = make_x(rows, 1152, x_dtype)
+            y = kernels.gemv(x, weight, scale, bits, None, routes.dots(lanes, "l2"))
+            assert_close(y, x, exact)
+
+
+@pytest.mark.parametrize("name", list(PASS_ROWS))
+def test_passes_are_even_and_leave_no_row_out(name):
+    for rows in range(1, kernels.GEMV_ROWS + 1):
+        passes = Variant("gemv", name, 8, 0, "", "float", "float", rows).passes
+        assert [m for x_rows in passes for m in x_rows] == list(range(rows))
+        sizes = sorted(map(len, passes))
+        assert sizes[-1] - sizes[0] <= 1 and sizes[-1] <= PASS_ROWS[name]
 
 
 @needs_kernels

@@ -75,13 +75,12 @@ def test_weights_move_to_huge_pages_before_the_ways_of_products_are_chosen(monke
         assert torch.equal(weight, tiny[1].state_dict()[name]), name
 
 
-def test_huge_pages_are_refused_where_they_cannot_be(monkeypatch, capsys, tiny):
+def test_huge_pages_are_refused_where_they_cannot_be(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "chatglm_cpu", None)
     assert api.main(["--model", str(TINY), "--huge-pages"]) == 1
     assert "pip install ./cpu" in capsys.readouterr().err
-    monkeypatch.setattr(api, "load", lambda *_: (tiny[0], copy.deepcopy(tiny[1]).to("meta")))
-    assert api.main(["--model", str(TINY), "--huge-pages"]) == 1
-    assert "these are on meta" in capsys.readouterr().err
+    assert api.main(["--model", str(TINY), "--huge-pages", "--device", "meta"]) == 1
+    assert "would be on meta" in capsys.readouterr().err
 
 
 def test_a_model_that_can_answer_nobody_is_not_served(monkeypatch, capsys, tiny):
@@ -95,14 +94,16 @@ def test_a_model_that_can_answer_nobody_is_not_served(monkeypatch, capsys, tiny)
     assert "not finite" in capsys.readouterr().err
 
 
-def test_afterwards_no_request_meets_a_product_whose_way_is_not_chosen_yet(tiny, monkeypatch):
+def test_afterwards_no_request_meets_a_product_whose_way_or_kernel_is_not_there_yet(tiny, monkeypatch):
     routes = pytest.importorskip("chatglm_cpu.routes", reason="pip install ./cpu")
+    from chatglm_cpu import runtime
+
     tokenizer, model = tiny
     model, chosen = copy.deepcopy(model).bfloat16().quantize(4), set()
     monkeypatch.setattr(routes, "SMALLEST", 1)
     monkeypatch.setattr(routes.measuring, "ranking", lambda problem, names, _: chosen.add(problem.label) or names)
     Service(tokenizer, model, Settings(slots=16)).warm_up()
-    known = set(chosen)
+    known, compiled = set(chosen), set(runtime._compiled)
     if not known:
         pytest.skip("the engine serves nothing on this processor")
     batch, ids = Batch(model, 16), tokenizer.build_chat_input_ids("你好")
@@ -113,4 +114,4 @@ def test_afterwards_no_request_meets_a_product_whose_way_is_not_chosen_yet(tiny,
     for tokens in (5, 9, 17, 25, 33, 65, 129, 600):
         batch.add([Generation(ids[:1] * (tokens - len(ids)) + ids, lambda _: None, 1, Sampling(temperature=0))])
         batch.step()
-    assert chosen == known
+    assert chosen == known and set(runtime._compiled) == compiled
