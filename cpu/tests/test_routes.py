@@ -114,6 +114,21 @@ def test_the_default_stays_unless_another_is_clearly_faster(choosing, clock):
     assert ranked()[0] == default
 
 
+def test_one_lucky_moment_does_not_win(choosing, monkeypatch):
+    """As where memory has two speeds, and changes between them while the ways are timed."""
+    default = routes.candidates(8, torch.bfloat16, 8)[0]
+    now, calls, compute = [0.0], [], routes._compute
+
+    def lucky_once(name, *arguments):
+        calls.append(name)
+        now[0] += 0.003 if name == "dense" and calls.count("dense") == 3 else 0.005
+        return compute(name, *arguments)
+
+    monkeypatch.setattr(routes, "_compute", lucky_once)
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: now[0])
+    assert ranked()[0] == default and calls.count("dense") > 3
+
+
 def test_a_wrong_result_never_wins(choosing, clock, monkeypatch):
     clock["dense"], compute = 0.5, routes._compute
 
