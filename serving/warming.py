@@ -13,7 +13,7 @@ from .prompts import Prompts
 from .sampling import Sampling
 
 ROWS = (*range(1, 17), 24, 32)  # answers at once: the CPU engine has kernels for each up to 16, and ways beyond
-PROMPTS = (24, 32, 64, 128, 512)  # tokens, which an engine may multiply each in a way of their own
+PROMPTS = (24, 32, 64, 128, 256, 512)  # tokens, which an engine may multiply each in a way of their own
 
 
 class Endless:

@@ -19,7 +19,7 @@ from .kernels import Dots, decode_attention, dense, gemm, gemv, group_of, int8pa
 from .prompt import prompt_attention
 from .runtime import held, instruction_set
 
-CLASSES = (1, 2, 4, 8, 12, 16, 24, 32, 64, 128, 512)  # rows of activations: up to so many are computed alike
+CLASSES = (1, 2, 4, 8, 12, 16, 24, 32, 64, 128, 256, 512)  # rows of activations: up to so many are computed alike
 SMALLEST = 1 << 20  # weights of a matrix; below, nothing is timed
 MOST_GEMV_ROWS, FEWEST_GEMM_ROWS, MOST_INT8PACK_ROWS = 32, 5, 64  # beyond, not worth a trial
 FEW_ROWS, FEW_ROWS_WITHOUT_PAIRS = 16, 8  # up to so many a gemv is tried first; the second for 16-bit weights
