@@ -122,10 +122,7 @@ class GrowingCache(DynamicCache):
 def given_cache(past_key_values=None, cache=None, past=None, **others):
     """The cache among the arguments of a call, as one with `update`; None for no cache. It is given as the first one
     from 4.26 to 5.23, as the second one later, and as the third one before."""
-    given = [one for one in (past_key_values, cache, past) if one is not None]
-    if any(one is not given[0] for one in given):
-        raise ValueError("past_key_values, cache and past are names of one argument: two different caches are given")
-    return as_cache(given[0] if given else None)
+    return as_cache(next((one for one in (past_key_values, cache, past) if one is not None), None))
 
 
 def as_cache(past):

@@ -551,17 +551,6 @@ def test_a_cache_of_another_prompt_is_refused_not_continued(model):
         model.prepare_inputs_for_generation(longer, past_key_values=first, attention_mask=torch.ones_like(longer))
 
 
-@torch.no_grad()
-def test_two_different_caches_are_refused_and_one_under_two_names_is_not(model):
-    output = model(IDS[:, :6], use_cache=True)
-    past, other = (tuple(layer_states(output.past_key_values, layer) for layer in range(3)) for _ in range(2))
-    positions = torch.tensor([[[4] * 5, [2, 3, 4, 5, 6]]])
-    rest = model(IDS[:, 6:], past_key_values=past, cache=past, position_ids=positions).logits
-    assert_equals_one_pass(model, rest, slice(6, None))
-    with pytest.raises(ValueError, match="two different caches"):
-        model(IDS[:, 6:], past_key_values=past, cache=other, position_ids=positions)
-
-
 def test_a_cache_filled_in_inference_mode_can_be_continued(model):
     with torch.inference_mode():
         cache = model(IDS[:, :6], use_cache=True).past_key_values
