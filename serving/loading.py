@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -31,7 +32,7 @@ def load(
     from transformers import AutoModel, AutoTokenizer
 
     device = usable_device(device)
-    engine = engine_with_huge_pages(device) if huge_pages else None
+    move_to_huge_pages = mover_to_huge_pages(device) if huge_pages else None
     tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=True)
     model = AutoModel.from_pretrained(**where, trust_remote_code=True).eval()
     if dtype:
@@ -39,21 +40,21 @@ def load(
     if bits:
         model = model.quantize(bits)
     model = model.to(device)
-    if engine is not None:
-        engine.move_to_huge_pages(model)
+    if move_to_huge_pages is not None:
+        move_to_huge_pages(model)
     print(describe(model), flush=True)
     return tokenizer, model
 
 
-def engine_with_huge_pages(device: str):
-    """The package that moves weights there; ValueError without it, and for weights that are not on the CPU."""
+def mover_to_huge_pages(device: str) -> Callable:
+    """The engine's function; ValueError without it, in an old one too, and for weights that are not on the CPU."""
     if device.partition(":")[0] != "cpu":
         raise ValueError(f"huge pages are for weights on the CPU, and these would be on {device}")
     try:
-        import chatglm_cpu
+        from chatglm_cpu import move_to_huge_pages
     except ImportError as error:
         raise ValueError("huge pages come with the CPU engine: pip install ./cpu in a clone") from error
-    return chatglm_cpu
+    return move_to_huge_pages
 
 
 def usable_device(asked: str | None) -> str:

@@ -113,7 +113,7 @@ def candidates(
 @functools.cache
 def _candidates(isa: str, rows: int, x: torch.dtype, bits: int, group: int, weight: torch.dtype, int8: bool):
     pairs = isa == "avx512_bf16" and x == torch.bfloat16 and weight != torch.float16
-    # Float32 wins for one or two rows of INT8 on a Zen 4, and for all few rows on an Intel with AMX.
+    # Float32 wins for one row of INT8 on a Zen 4, and for all few rows on an Intel with AMX.
     lanes = ["f32"] + ["bf16"] * pairs if bits == 8 else ["bf16"] * pairs + ["f32"]
     gemvs = [*(f"gemv-{of}-l2" for of in lanes), f"gemv-{lanes[0]}-l1"] if rows <= MOST_GEMV_ROWS else []
     others = []

@@ -91,7 +91,7 @@ def test_a_gemv_over_several_blocks_of_one_task(isa, bits, rows):
         for x_dtype in (torch.float32, torch.bfloat16):
             x = make_x(rows, 1152, x_dtype)
             y = kernels.gemv(x, weight, scale, bits, None, routes.dots(lanes, "l2"))
-            assert_close(y, x, exact)
+            assert_close(y, x, exact, extra=1152 / 16 * 2.0**-24)  # roundings of a lane's sum, in a single chain
 
 
 @pytest.mark.parametrize("name", list(PASS_ROWS))

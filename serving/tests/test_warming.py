@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import types
 
 import pytest
 import torch
@@ -69,16 +70,17 @@ def test_weights_move_to_huge_pages_before_the_ways_of_products_are_chosen(monke
     moved = engine.move_to_huge_pages
     monkeypatch.setattr(engine, "move_to_huge_pages", lambda model: (done.append("moved"), moved(model)))
     monkeypatch.setattr(Service, "warm_up", lambda self: done.append("warm"))
-    service = api.ready_service(api.parse(["--model", str(TINY), "--huge-pages"]))
+    service = api.ready_service(api.parse(["--model", str(TINY), "--device", "cpu", "--huge-pages"]))
     assert done == ["moved", "warm"]
     for name, weight in service.model.state_dict().items():
         assert torch.equal(weight, tiny[1].state_dict()[name]), name
 
 
 def test_huge_pages_are_refused_where_they_cannot_be(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "chatglm_cpu", None)
-    assert api.main(["--model", str(TINY), "--huge-pages"]) == 1
-    assert "pip install ./cpu" in capsys.readouterr().err
+    for engine in (None, types.ModuleType("one without them, as before 2.0.0")):
+        monkeypatch.setitem(sys.modules, "chatglm_cpu", engine)
+        assert api.main(["--model", str(TINY), "--huge-pages", "--device", "cpu"]) == 1
+        assert "pip install ./cpu" in capsys.readouterr().err
     assert api.main(["--model", str(TINY), "--huge-pages", "--device", "meta"]) == 1
     assert "would be on meta" in capsys.readouterr().err
 
